@@ -1,0 +1,256 @@
+"""Name -> factory, where the factory's signature is its schema.
+
+A component (a model, a layer, a loss, …) is a function or class whose positional arguments the program supplies and
+whose keyword-only arguments the config supplies:
+
+    @register("loss")
+    def huber(outputs: torch.Tensor, targets: torch.Tensor, *, delta: Positive = 1.0) -> torch.Tensor:
+        '''Squared near zero, absolute beyond `delta`.
+
+        delta: where the square ends, in units of the output
+        '''
+
+From the keyword-only arguments and the docstring come the check, the error messages, the JSON schema and the reference
+documentation.  This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, create_model, model_validator
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+
+KINDS = {
+    "data": "data sets: `(files) -> Dataset`",
+    "augmentation": "augmentations: `(images, random) -> images`, both uint8 `[B, C, H, W]`",
+    "model": "models: `(shape, outputs) -> nn.Module`, from `[B, *shape]` to `[B, outputs]`",
+    "layer": "layers of a layer list: `(shape, outputs) -> nn.Module`",
+    "activation": "activations: `(shape, outputs) -> nn.Module`",
+    "loss": "losses: `(outputs, targets) -> scalar`",
+    "optim": "optimizers: `(params) -> torch.optim.Optimizer`",
+    "schedule": "schedules: `(epoch, epochs) -> multiplier of the learning rate`",
+}
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def suggest(word: str, candidates: Iterable[str]) -> str:
+    """The nearest candidate as `; did you mean 'x'?`, else all of them where they are few, else nothing."""
+    known = sorted(candidates)
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; there is {', '.join(known)}" if known else ""
+
+
+class Settings(BaseModel):
+    """Settings from YAML: no coercion, no unknown key, no change after loading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        known_keys(data, cls.model_fields)
+        return data
+
+
+def known_keys(data: Any, known: Iterable[str]) -> None:
+    """Raises a ValidationError that names each key of `data` that is not known, with the nearest that is."""
+    if not isinstance(data, Mapping):
+        raise PydanticCustomError("not_a_mapping", "expected settings as key: value")
+    known = list(known)
+    unknown = [key for key in data if key not in known]
+    if unknown:
+        free = [name for name in known if name not in data]
+        raise ValidationError.from_exception_data(
+            "settings",
+            [
+                InitErrorDetails(
+                    type=PydanticCustomError("unknown_key", "unknown key{hint}", {"hint": suggest(key, free)}),
+                    loc=(key,),
+                    input=data[key],
+                )
+                for key in unknown
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered component."""
+
+    kind: str
+    name: str
+    factory: Callable[..., Any]
+    arguments: type[Settings]  # one field per keyword-only argument
+    summary: str  # the first line of its documentation
+    facts: Mapping[str, Any]  # what else was registered with it
+
+    def required(self) -> list[str]:
+        return [name for name, field in self.arguments.model_fields.items() if field.is_required()]
+
+
+_entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+
+
+def register(kind: str, name: str | None = None, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a component under its own name, or `name`.
+
+    Raises ValueError where the kind is unknown, the name is taken, or an argument has no annotation.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"no kind of component is called {kind!r}{suggest(kind, KINDS)}")
+
+    def decorate(factory: Callable[..., Any]) -> Callable[..., Any]:
+        entry_name = name or factory.__name__
+        if entry_name in _entries[kind]:
+            raise ValueError(f"{kind} {entry_name!r} is registered twice")
+        summary, documented = _read_docstring(inspect.getdoc(factory) or "")
+        fields = {}
+        for argument, annotation, default in _keyword_arguments(factory):
+            field = Field(description=documented.get(argument))
+            fields[argument] = (Annotated[annotation, field], ... if default is inspect.Parameter.empty else default)
+        arguments = create_model(f"{kind} {entry_name}", __base__=Settings, **fields)  # type: ignore[call-overload]
+        _entries[kind][entry_name] = Entry(kind, entry_name, factory, arguments, summary, facts)
+        return factory
+
+    return decorate
+
+
+def _keyword_arguments(factory: Callable[..., Any]) -> Iterable[tuple[str, Any, Any]]:
+    """(name, annotation, default) of each keyword-only argument.
+
+    Only these annotations are evaluated: evaluating a `torch.Tensor` among the others would import torch.
+    """
+    function = inspect.unwrap(factory.__init__ if inspect.isclass(factory) else factory)
+    names = getattr(function, "__globals__", vars(sys.modules[factory.__module__]))
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            raise ValueError(f"{factory.__qualname__}: **{parameter.name} hides its arguments: name each")
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        if parameter.annotation is inspect.Parameter.empty:
+            raise ValueError(f"{factory.__qualname__}: argument {parameter.name!r} needs a type annotation")
+        hints = get_type_hints(
+            type("Hints", (), {"__annotations__": {parameter.name: parameter.annotation}}),
+            globalns=dict(names),
+            include_extras=True,
+        )
+        yield parameter.name, hints[parameter.name], parameter.default
+
+
+def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """The first paragraph, and what each line `name: text` says (with its indented continuation lines)."""
+    summary = text.split("\n\n")[0].replace("\n", " ")
+    found = re.findall(r"^(\w+): (.+(?:\n +.+)*)", text, flags=re.MULTILINE)
+    return summary, {name: re.sub(r"\s+", " ", body) for name, body in found}
+
+
+def names(*kinds: str) -> list[str]:
+    return sorted(name for kind in kinds for name in _entries[kind])
+
+
+def entries(kind: str) -> list[Entry]:
+    return [_entries[kind][name] for name in names(kind)]
+
+
+def find(name: str, *kinds: str) -> Entry:
+    """The entry called `name`; raises KeyError whose text suggests the nearest name."""
+    for kind in kinds:
+        if name in _entries[kind]:
+            return _entries[kind][name]
+    raise KeyError(f"unknown {kinds[0]} '{name}'{suggest(name, names(*kinds))}")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A registered factory with its arguments from the config; calling it supplies the rest."""
+
+    kind: str
+    name: str
+    args: Mapping[str, Any]
+
+    def __call__(self, *positional: Any) -> Any:
+        return find(self.name, self.kind).factory(*positional, **self.args)
+
+    def plain(self) -> dict[str, Any]:
+        """The arguments as YAML would have them."""
+        return dict(find(self.name, self.kind).arguments.model_construct(**self.args).model_dump())
+
+
+def component(entry: Entry, arguments: Mapping[str, Any]) -> Component:
+    """Checks the arguments against the signature; raises pydantic's ValidationError."""
+    checked = entry.arguments.model_validate(dict(arguments))
+    return Component(entry.kind, entry.name, {name: getattr(checked, name) for name in entry.arguments.model_fields})
+
+
+class Item:
+    """In an annotation: a component written as an item of a list.
+
+    `relu`, `{maxpool: 2}` (the first argument) or `{conv: {out: 32, kernel: 3}}`.
+    """
+
+    def __init__(self, *kinds: str) -> None:
+        self.kinds = kinds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self._read,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda item: {item.name: item.plain()} if item.args else item.name
+            ),
+        )
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"x-kinds": list(self.kinds)}  # config.schema() points these at its definitions
+
+    def _read(self, value: Any) -> Component:
+        if isinstance(value, Component):
+            return value
+        if isinstance(value, str):
+            name, arguments = value, {}
+        elif isinstance(value, Mapping) and len(value) == 1:
+            ((name, arguments),) = value.items()
+        else:
+            raise PydanticCustomError("not_an_item", f"expected a {self.kinds[0]}: name, or {{name: settings}}")
+        try:
+            entry = find(name, *self.kinds)
+        except KeyError as error:
+            raise PydanticCustomError("unknown_name", "{text}", {"text": error.args[0]}) from None
+        if arguments is None:
+            arguments = {}
+        first = next(iter(entry.arguments.model_fields), None)
+        short = not isinstance(arguments, Mapping)
+        if short and first is None:
+            raise PydanticCustomError("no_arguments", "{name} takes no settings", {"name": name})
+        try:
+            return component(entry, {first: arguments} if short else arguments)
+        except ValidationError as error:
+            raise _relocated(error, (name,) if isinstance(value, Mapping) else ()) from None
+
+
+def _relocated(error: ValidationError, prefix: tuple[str | int, ...]) -> ValidationError:
+    """The same errors, their places given below `prefix`."""
+    lines = []
+    for line in error.errors(include_url=False):
+        custom = PydanticCustomError(line["type"], line["msg"], line.get("ctx"))  # type: ignore[arg-type]
+        lines.append(InitErrorDetails(type=custom, loc=(*prefix, *line["loc"]), input=line["input"]))
+    return ValidationError.from_exception_data(error.title, lines)
+
+
+Activation = Annotated[Component, Item("activation")]
+Layers = list[Annotated[Component, Item("layer", "activation")]]
+Augmentations = list[Annotated[Component, Item("augmentation")]]
