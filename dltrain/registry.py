@@ -27,6 +27,8 @@ from typing import Annotated, Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, create_model, model_validator
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
+from dltrain.errors import ConfigError
+
 KINDS = {
     "data": "data sets: `(files) -> Dataset`",
     "augmentation": "augmentations: `(images, random) -> images`, both uint8 `[B, C, H, W]`",
@@ -46,13 +48,16 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the candidate that is most like `word`, or nothing where none is."""
+    near = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
 def suggest(word: str, candidates: Iterable[str]) -> str:
-    """The nearest candidate as `; did you mean 'x'?`, else all of them where they are few, else nothing."""
+    """The nearest candidate, else all of them."""
     known = sorted(candidates)
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; there is {', '.join(known)}" if known else ""
+    return nearest(word, known) or (f"; there is {', '.join(known)}" if known else "")
 
 
 class Settings(BaseModel):
@@ -118,7 +123,7 @@ def register(kind: str, name: str | None = None, **facts: Any) -> Callable[[Call
         entry_name = name or factory.__name__
         if entry_name in _entries[kind]:
             raise ValueError(f"{kind} {entry_name!r} is registered twice")
-        summary, documented = _read_docstring(inspect.getdoc(factory) or "")
+        summary, documented = read_docstring(inspect.getdoc(factory) or "")
         fields = {}
         for argument, annotation, default in _keyword_arguments(factory):
             field = Field(description=documented.get(argument))
@@ -152,7 +157,7 @@ def _keyword_arguments(factory: Callable[..., Any]) -> Iterable[tuple[str, Any, 
         yield parameter.name, hints[parameter.name], parameter.default
 
 
-def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
+def read_docstring(text: str) -> tuple[str, dict[str, str]]:
     """The first paragraph, and what each line `name: text` says (with its indented continuation lines)."""
     summary = text.split("\n\n")[0].replace("\n", " ")
     found = re.findall(r"^(\w+): (.+(?:\n +.+)*)", text, flags=re.MULTILINE)
@@ -186,6 +191,13 @@ class Component:
     def __call__(self, *positional: Any) -> Any:
         return find(self.name, self.kind).factory(*positional, **self.args)
 
+    def build(self, *positional: Any) -> Any:
+        """As calling it, but a ValueError becomes a ConfigError that names the component."""
+        try:
+            return self(*positional)
+        except ValueError as error:
+            raise ConfigError(f"{self.kind} {self.name}: {error}") from error
+
     def plain(self) -> dict[str, Any]:
         """The arguments as YAML would have them."""
         return dict(find(self.name, self.kind).arguments.model_construct(**self.args).model_dump())
@@ -197,57 +209,91 @@ def component(entry: Entry, arguments: Mapping[str, Any]) -> Component:
     return Component(entry.kind, entry.name, {name: getattr(checked, name) for name in entry.arguments.model_fields})
 
 
-class Item:
-    """In an annotation: a component written as an item of a list.
-
-    `relu`, `{maxpool: 2}` (the first argument) or `{conv: {out: 32, kernel: 3}}`.
-    """
+class _Written:
+    """In an annotation: how a component of some kinds is written in YAML."""
 
     def __init__(self, *kinds: str) -> None:
         self.kinds = kinds
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
-            self._read,
-            serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda item: {item.name: item.plain()} if item.args else item.name
-            ),
+            lambda value: value if isinstance(value, Component) else self.read(value),
+            serialization=core_schema.plain_serializer_function_ser_schema(self.write),
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"x-kinds": list(self.kinds)}  # config.schema() points these at its definitions
+        return {f"x-{type(self).__name__}": list(self.kinds)}  # config.schema() replaces this by a reference
 
-    def _read(self, value: Any) -> Component:
-        if isinstance(value, Component):
-            return value
-        if isinstance(value, str):
-            name, arguments = value, {}
-        elif isinstance(value, Mapping) and len(value) == 1:
-            ((name, arguments),) = value.items()
-        else:
-            raise PydanticCustomError("not_an_item", f"expected a {self.kinds[0]}: name, or {{name: settings}}")
+    def read(self, value: Any) -> Component:
+        raise NotImplementedError
+
+    def write(self, value: Component) -> Any:
+        raise NotImplementedError
+
+    def entry(self, name: str, place: tuple[str, ...] = ()) -> Entry:
         try:
-            entry = find(name, *self.kinds)
+            return find(name, *self.kinds)
         except KeyError as error:
-            raise PydanticCustomError("unknown_name", "{text}", {"text": error.args[0]}) from None
+            unknown = PydanticCustomError("unknown_name", "{text}", {"text": error.args[0]})
+            line = InitErrorDetails(type=unknown, loc=place, input=name)
+            raise ValidationError.from_exception_data("component", [line]) from None
+
+
+class Section(_Written):
+    """A component that has a section of its own: `sgd`, or `{name: sgd, lr: 0.1}`."""
+
+    def read(self, value: Any) -> Component:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise PydanticCustomError("not_a_section", "expected a name, or settings with `name:`{hint}", self.hint())
+        entry = self.entry(value["name"], ("name",))
+        return component(entry, {key: value[key] for key in value if key != "name"})
+
+    def write(self, value: Component) -> Any:
+        return {"name": value.name, **value.plain()}
+
+    def hint(self) -> dict[str, str]:
+        return {"hint": suggest("", names(*self.kinds))}
+
+
+class Item(_Written):
+    """A component in a list: `relu`, `{maxpool: 2}` (its first argument) or `{conv: {out: 32, kernel: 3}}`."""
+
+    def read(self, value: Any) -> Component:
+        if isinstance(value, str):
+            return component(self.entry(value), {})
+        if not isinstance(value, Mapping) or len(value) != 1:
+            kind = self.kinds[0]
+            raise PydanticCustomError("not_an_item", "expected one {kind}: its name, or name: settings", {"kind": kind})
+        ((name, arguments),) = value.items()
+        entry = self.entry(name)
+        first = next(iter(entry.arguments.model_fields), None)
         if arguments is None:
             arguments = {}
-        first = next(iter(entry.arguments.model_fields), None)
-        short = not isinstance(arguments, Mapping)
-        if short and first is None:
-            raise PydanticCustomError("no_arguments", "{name} takes no settings", {"name": name})
+        elif not isinstance(arguments, Mapping):
+            if first is None:
+                raise PydanticCustomError("no_arguments", "{name} takes no settings", {"name": name})
+            arguments = {first: arguments}
         try:
-            return component(entry, {first: arguments} if short else arguments)
+            return component(entry, arguments)
         except ValidationError as error:
-            raise _relocated(error, (name,) if isinstance(value, Mapping) else ()) from None
+            raise _below(name, error) from None
+
+    def write(self, value: Component) -> Any:
+        return {value.name: value.plain()} if value.args else value.name
 
 
-def _relocated(error: ValidationError, prefix: tuple[str | int, ...]) -> ValidationError:
-    """The same errors, their places given below `prefix`."""
-    lines = []
-    for line in error.errors(include_url=False):
-        custom = PydanticCustomError(line["type"], line["msg"], line.get("ctx"))  # type: ignore[arg-type]
-        lines.append(InitErrorDetails(type=custom, loc=(*prefix, *line["loc"]), input=line["input"]))
+def _below(key: str, error: ValidationError) -> ValidationError:
+    """The same errors, their places given below `key`."""
+    lines = [
+        InitErrorDetails(
+            type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")),  # type: ignore[arg-type]
+            loc=(key, *line["loc"]),
+            input=line["input"],
+        )
+        for line in error.errors(include_url=False)
+    ]
     return ValidationError.from_exception_data(error.title, lines)
 
 

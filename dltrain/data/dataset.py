@@ -43,7 +43,9 @@ class Dataset:
             if images.ndim != 4 or images.dtype != torch.uint8:
                 raise DataError(f"{name} images: expected uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
             if labels.shape != (len(images),) or labels.dtype != torch.int64:
-                raise DataError(f"{name} labels: expected int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
+                raise DataError(
+                    f"{name} labels: expected int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
+                )
             if not len(labels):
                 raise DataError(f"the {name} split holds no images")
             low, high = int(labels.min()), int(labels.max())

@@ -1,0 +1,112 @@
+"""From a config to what trains: data, model, loss and placement, each checked against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dltrain.config import Config
+from dltrain.data.batches import Normalise
+from dltrain.data.dataset import Dataset
+from dltrain.data.files import Files, data_root
+from dltrain.data.prepare import Prepared, prepare
+from dltrain.device import Placement, be_deterministic, place
+from dltrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, ready on its device."""
+
+    config: Config
+    data: Prepared
+    model: nn.Module
+    outputs: int  # of the model: the classes, or 1 for a sigmoid
+    placement: Placement
+    normalise: Normalise
+    step_size: int  # images in a step
+    micro_size: int  # images that go through the model at once
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch takes the images that are left."""
+        return -(-len(self.data.train) // self.step_size)
+
+
+def load_data(config: Config, root: str | None, note: Callable[[str], None]) -> Prepared:
+    """Reads the config's data set, from `root` where given, and makes the run's splits of it."""
+    settings = config.data
+    files = Files(data_root(root or settings.root), verify=settings.verify, report=note)
+    dataset: Dataset = settings.source.build(files)
+    return prepare(
+        dataset, seed=config.seed, val=settings.val, classes=settings.classes, limit=settings.limit
+    )
+
+
+def outputs_of(config: Config, classes: int) -> int:
+    """How many numbers the model gives: one a class, or one for a sigmoid."""
+    if config.model.output == "softmax":
+        return classes
+    if classes != 2:
+        text = f"tells two classes apart, the data has {classes}: keep two (data.classes: [3, 7]) or use softmax"
+        raise ConfigError(f"model.output: sigmoid {text}")
+    return 1
+
+
+def build_model(config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """The model on the CPU, its weights drawn from the seed.  Raises ConfigError where its layers do not fit."""
+    torch.manual_seed(config.seed)
+    model: nn.Module = config.model.source.build(shape, outputs_of(config, classes))
+    return model
+
+
+def build(config: Config, note: Callable[[str], None]) -> Setup:
+    """Builds all of a run.  Raises ConfigError where its parts do not fit each other."""
+    if config.train.deterministic:
+        be_deterministic()
+    data = load_data(config, None, note)
+    outputs = outputs_of(config, len(data.classes))
+    config.loss.build(torch.zeros(2, outputs), torch.tensor([0, len(data.classes) - 1]))
+    step_size, micro_size = config.descent.sizes(len(data.train))
+    if step_size > len(data.train):
+        text = f"{step_size} images in a batch, {len(data.train)} in the training set"
+        raise ConfigError(f"descent.batch_size: {text}; lower it, or use `descent: batch`")
+    model = build_model(config, data.shape, len(data.classes))
+    placement = place(config.train.device, config.train.precision, config.train.memory_format, model)
+    model.to(placement.device, memory_format=placement.memory_format)
+    _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
+    normalise = Normalise(data.normalisation, placement.device, placement.memory_format)
+    return Setup(config, data, model, outputs, placement, normalise, step_size, micro_size)
+
+
+def _smallest(images: int, step_size: int, micro_size: int) -> int:
+    """The smallest number of images that ever goes through the model at once."""
+    last_step = images % step_size or step_size
+    return min(micro_size, step_size % micro_size or micro_size, last_step % micro_size or micro_size)
+
+
+def _check_batchnorm(model: nn.Module, shape: tuple[int, ...], images: int) -> None:
+    """One image with one number a channel has no variance to normalise by: torch would stop in mid-epoch."""
+    if images > 1:
+        return
+    alone: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: alone.append(name) if inputs[0][0, 0].numel() == 1 else None
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    ]
+    device = next(model.parameters()).device
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, *shape, device=device))
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    if alone:
+        text = f"'{alone[0]}' sees one image at a time, at least in the last step of an epoch, and has nothing to average"
+        raise ConfigError(f"batchnorm {text}; choose another descent.batch_size, data.val or data.limit")

@@ -1,0 +1,103 @@
+"""Checkpoints: one safetensors file that says what it is, whose every byte is covered by a digest.
+
+The metadata is one JSON text under the key `dltrain`.  Its first member, `sha256`, is the SHA-256 of the whole file with
+these 64 digits replaced by zeros.  docs/checkpoint.md describes the rest.  Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from dltrain.errors import CheckpointError
+
+FORMAT = 1
+MAX_HEADER = 32 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB
+
+_ZEROS = b"0" * 64
+_DIGEST = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
+
+
+def encode(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> bytes:
+    """A checkpoint's bytes; a function of its arguments alone."""
+    text = json.dumps({"sha256": _ZEROS.decode(), "format": FORMAT, **meta}, separators=(",", ":"))
+    raw = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"dltrain": text})
+    found = _DIGEST.search(raw)
+    assert found is not None
+    start, end = found.span(1)
+    digest = hashlib.sha256(raw).hexdigest().encode()
+    return b"".join([memoryview(raw)[:start], digest, memoryview(raw)[end:]])
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads and verifies a checkpoint: tensors on the CPU, and its metadata.
+
+    Raises CheckpointError where it is missing, broken, of another kind or of a newer format.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            size = path.stat().st_size
+            _check_sizes(path, head, size)
+            header = file.read(struct.unpack("<Q", head)[0])
+            meta = _metadata(path, header)
+            raw = head + header + file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; expected a checkpoint file") from None
+    found = _DIGEST.search(header)
+    if found is None:
+        raise CheckpointError(f"{path}: holds no digest, so it cannot be verified; not written by dltrain")
+    start = 8 + found.start(1)
+    hasher = hashlib.sha256(raw[:start])
+    hasher.update(_ZEROS)
+    hasher.update(memoryview(raw)[start + 64 :])
+    if hasher.hexdigest().encode() != found[1]:
+        raise CheckpointError(f"{path}: its bytes differ from their digest: damaged or changed; use another checkpoint")
+    try:
+        return safetensors.torch.load(raw), meta
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not readable as safetensors: {error}") from None
+
+
+def _check_sizes(path: Path, head: bytes, size: int) -> None:
+    """Before anything is read by a length that the file states."""
+    if len(head) < 8:
+        raise CheckpointError(f"{path}: {size} bytes; empty or cut off")
+    (length,) = struct.unpack("<Q", head)
+    if length > min(MAX_HEADER, size - 8):
+        kind = "a pickle or another format" if head[:1] == b"\x80" or head[:2] == b"PK" else "damaged, or another format"
+        raise CheckpointError(f"{path}: not a dltrain checkpoint ({kind}); such files are never loaded")
+
+
+def _metadata(path: Path, header: bytes) -> dict[str, Any]:
+    try:
+        meta = json.loads(json.loads(header)["__metadata__"]["dltrain"])
+        version = meta["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: not a dltrain checkpoint: its header has no `dltrain` metadata") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: format {version!r}; this dltrain reads format {FORMAT}: use the dltrain that wrote it")
+    return dict(meta)
+
+
+def check_fit(path: Path, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError where the tensors are not the model's, naming at most five differences."""
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    wrong = [
+        f"{name}: expected {wanted.get(name, 'none')}, found {found.get(name, 'none')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"{path}: holds another model's weights: {'; '.join(wrong[:5])}{more}")

@@ -1,0 +1,323 @@
+"""The commands: each parses, calls one function and prints.  Errors become exit codes here and nowhere else.
+
+torch is imported inside the commands, so that `dltrain --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dltrain import __version__
+from dltrain.errors import CheckpointError, ConfigError, DltrainError, OutputError
+
+if TYPE_CHECKING:
+    from dltrain.config import Config
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train, evaluate and look at classic image classifiers from one YAML file.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Show, check and list configs.")
+data_app = typer.Typer(no_args_is_help=True, help="List, get and verify data sets.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+DataRoot = Annotated[str | None, typer.Option("--data-root", metavar="DIR", help="Where the data sets lie.")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
+
+
+class _Console(Console):
+    """A console whose reader may go away: what is left to say is then said to nobody."""
+
+    def on_broken_pipe(self) -> None:
+        _drop_stdout()
+        self.quiet = True
+
+
+def _drop_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _console(to_stderr: bool = False) -> Console:
+    return _Console(stderr=to_stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _say(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"dltrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, a shipped config's name, or a run to resume.")],
+    overrides: Overrides = [],  # noqa: B006  typer reads it and changes nothing
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; default: runs/<name>/<time>.")] = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in this folder (or in --out).")] = False,
+    allow_inexact: Annotated[
+        bool, typer.Option("--allow-inexact", help="Resume also where the end would not have the same bits.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve everything, show the layers, compute one batch, stop.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model, and evaluate it on the test split at the end."""
+    overrides = [*overrides, *([f"train.device={device}"] if device else [])]
+    if allow_inexact and not resume:
+        raise ConfigError("--allow-inexact says how to resume: it needs --resume")
+    if resume:
+        _resume(config, overrides, out, allow_inexact, quiet, as_json)
+        return
+    loaded = _load(config, overrides)
+    notes = _console(to_stderr=as_json)
+    if dry_run:
+        _dry_run(loaded, notes, as_json)
+        return
+
+    from dltrain import rundir
+
+    folder = rundir.RunFolder(out, resume=False) if out else rundir.create(Path("runs"), loaded.name)
+    with contextlib.closing(folder):
+        from dltrain import runs
+
+        _print_result(runs.start(loaded, folder, notes, quiet).summary, notes, as_json)
+
+
+def _resume(config: str, overrides: list[str], out: Path | None, allow_inexact: bool, quiet: bool, as_json: bool) -> None:
+    from dltrain import config as configs
+    from dltrain import rundir
+
+    path = out or Path(config)
+    if not path.is_dir():
+        text = "expected a run's folder: dltrain train --resume RUN, or dltrain train CONFIG --out RUN --resume"
+        raise ConfigError(f"{path}: {text}")
+    wanted = _load(config, overrides) if out else None
+    notes = _console(to_stderr=as_json)
+    with contextlib.closing(rundir.RunFolder(path, resume=True)) as folder:
+        from dltrain import runs
+
+        def given(before: dict[str, Any]) -> Config:
+            after = configs.from_plain(before, str(path), overrides)
+            if wanted and (others := runs.differences(after.plain(), wanted.plain())):
+                mend = "give them by --set, or resume by `dltrain train --resume` with the folder alone"
+                raise ConfigError(f"{config}: is not what this run was started with ({'; '.join(others[:5])}): {mend}")
+            return after
+
+        _print_result(runs.resume(folder, given, notes, quiet, allow_inexact).summary, notes, as_json)
+
+
+def _load(config: str, overrides: list[str]) -> Config:
+    from dltrain import config as configs
+    from dltrain import shipped
+
+    return configs.load(shipped.find(config), overrides)
+
+
+def _dry_run(config: Config, notes: Console, as_json: bool) -> None:
+    from dltrain import tables
+    from dltrain.dryrun import dry_run
+
+    found = dry_run(config, lambda text: notes.print(text, soft_wrap=True, markup=False, highlight=False))
+    if as_json:
+        _print_json(found)
+    else:
+        tables.dry_run(found, notes)
+
+
+def _print_result(summary: dict[str, Any], notes: Console, as_json: bool) -> None:
+    from dltrain import tables
+
+    if as_json:
+        _print_json(summary)
+    else:
+        tables.result(summary, notes)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder or a checkpoint file.")],
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="train, val or test.")] = "test",
+    out: Annotated[Path | None, typer.Option(metavar="CSV", help="Write each image's prediction to this file.")] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a trained model.  It needs no config, and runs no code from the file."""
+    if split not in ("train", "val", "test"):
+        raise ConfigError(f"--split {split}: expected train, val or test")
+    if out and not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}")
+    if not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint}: no such file or folder; expected a run's folder or a checkpoint")
+
+    from dltrain import rundir, tables, trained
+
+    notes = _console(to_stderr=as_json)
+    model = trained.load(checkpoint, device)
+    scores, found = trained.judge(model, split, data_root, _say)
+    if out:
+        rundir.write_atomically(out, trained.predictions_csv(model, found).encode())
+    if as_json:
+        _print_json(scores)
+    else:
+        tables.evaluation(scores, notes)
+
+
+@app.command(name="check-gpu")
+def check_gpu(
+    allow_cpu: Annotated[bool, typer.Option("--allow-cpu", help="Exit with 0 where there is no GPU.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what devices are here, and try each: exit code 0 means that a GPU can train, 5 that none can."""
+    from dltrain import gpu
+
+    facts = gpu.collect()
+    for each in facts["devices"]:
+        each.update(gpu.measure(each["device"]))
+    verdict = gpu.verdict(facts)
+    if as_json:
+        _print_json({**facts, "verdict": dataclasses.asdict(verdict)})
+    else:
+        gpu.render(facts, verdict, _console())
+    raise typer.Exit(gpu.exit_code(verdict, allow_cpu))
+
+
+@app.command(name="list")
+def list_components(
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="model, layer, loss, optim, …; default: all.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference documentation.")] = False,
+) -> None:
+    """List every component that a config can name, with its arguments."""
+    from dltrain import reference
+
+    if markdown:
+        print(reference.markdown(), end="")
+    else:
+        reference.show(kind, _console())
+
+
+@config_app.command(name="show")
+def config_show(config: Annotated[str, typer.Argument(metavar="CONFIG")], overrides: Overrides = []) -> None:  # noqa: B006
+    """Print a config with every default filled in."""
+    print(_load(config, overrides).yaml(), end="")
+
+
+@config_app.command(name="check")
+def config_check(
+    files: Annotated[list[str], typer.Argument(metavar="CONFIG…")], overrides: Overrides = []  # noqa: B006
+) -> None:
+    """Check configs and do nothing else."""
+    wrong = []
+    for config in files:
+        try:
+            _load(config, overrides)
+        except ConfigError as error:
+            wrong.append(str(error))
+        else:
+            print(f"{config}: ok")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+@config_app.command(name="schema")
+def config_schema() -> None:
+    """Print a JSON schema, which gives an editor completion and checks."""
+    from dltrain import schema
+
+    _print_json(schema.schema())
+
+
+@config_app.command(name="list")
+def config_list() -> None:
+    """List the configs that come with dltrain."""
+    from dltrain import shipped, tables
+
+    tables.configs([(name, shipped.headline(shipped.folder() / f"{name}.yaml")) for name in shipped.names()], _console())
+
+
+@data_app.command(name="list")
+def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """List the data sets, and whether they are here."""
+    from dltrain import catalogue, tables
+
+    rows = catalogue.presence(data_root)
+    if as_json:
+        _print_json(rows)
+    else:
+        tables.data(rows, _console())
+
+
+@data_app.command(name="get")
+def data_get(names: Annotated[list[str], typer.Argument(metavar="NAME…")], data_root: DataRoot = None) -> None:
+    """Download data sets that are not here yet."""
+    from dltrain import catalogue
+
+    for name in names:
+        print(catalogue.get(name, data_root, _say))
+
+
+@data_app.command(name="verify")
+def data_verify(names: Annotated[list[str], typer.Argument(metavar="NAME…")], data_root: DataRoot = None) -> None:
+    """Read data sets anew and compare every file with its published checksum."""
+    from dltrain import catalogue
+
+    for name in names:
+        print(catalogue.verify(name, data_root, _say))
+
+
+def main() -> None:
+    """Runs the command line; every way out of it passes here."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command; returns its exit code.  A traceback means a bug of ours."""
+    usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    try:
+        code = app(arguments, prog_name="dltrain", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except DltrainError as error:
+        for line in str(error).splitlines():
+            _say(f"error: {line}")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped; a run that was training goes on with: dltrain train --resume RUN")
+        return 130
+    except BrokenPipeError:  # `| head -1`: whoever read has read enough
+        _drop_stdout()
+        return 0
+    except usage_error as error:
+        _say(f"error: {' '.join(error.format_message().split())}; see dltrain --help")  # type: ignore[attr-defined]
+        return 2

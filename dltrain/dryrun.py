@@ -1,0 +1,110 @@
+"""`dltrain train --dry-run`: everything resolved, one batch computed, nothing kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dltrain.build import Setup, build
+from dltrain.config import Config
+from dltrain.data.batches import Batches
+from dltrain.runs import describe, new_run
+
+TOLERANCE = 0.25  # of the expected first loss, or this much where that is more
+
+
+def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
+    """What a run of this config would be; JSON-able.  One step is taken and thrown away.
+
+    layers: name, kind, output shape without the batch, parameters, and FLOPs of one image's forward pass (a
+    multiplication and an addition are two)
+    memory: estimated bytes, by what takes them
+    first_loss, expected_loss: of the first batch, and of outputs that are all zero (ln(classes) for cross entropy)
+    """
+    setup = build(config, note)
+    for line in describe(setup):
+        note(line)
+    run = new_run(setup)
+    batches = Batches(
+        setup.data.train,
+        setup.normalise,
+        seed=config.seed,
+        step_size=setup.step_size,
+        micro_size=setup.micro_size,
+        augment=config.data.augment,
+        device=setup.placement.device,
+    )
+    images, labels, _ = next(batches.step(0, 0))
+    layers, flops, activations = _layers(setup, images[:1])
+    with setup.placement.autocast():
+        outputs = setup.model(images)
+    loss = config.loss(outputs, labels)
+    loss.backward()
+    run.optimizer.step()
+    expected = float(config.loss(torch.zeros_like(outputs), labels))
+    first = float(loss.detach())
+    weights = _bytes(*setup.model.state_dict().values())
+    state = _bytes(*(value for each in run.optimizer.state.values() for value in each.values() if torch.is_tensor(value)))
+    half = 2 if setup.placement.dtype == torch.bfloat16 else 4
+    splits = [split for split in (setup.data.train, setup.data.val, setup.data.test) if split is not None]
+    memory = {
+        "data": _bytes(*(tensor for split in splits for tensor in (split.images, split.labels))),
+        "weights": weights,
+        "gradients": _bytes(*setup.model.parameters()),
+        "optimizer": state,
+        "activations": activations * half * setup.micro_size,
+    }
+    return {
+        "config": config.plain(),
+        **setup.placement.why,
+        "shape": list(setup.data.shape),
+        "classes": len(setup.data.classes),
+        "train_images": len(setup.data.train),
+        "steps_per_epoch": setup.steps_per_epoch,
+        "layers": layers,
+        "parameters": sum(parameter.numel() for parameter in setup.model.parameters()),
+        "flops_per_image": flops,
+        "memory": {**memory, "total": sum(memory.values())},
+        "first_loss": first,
+        "expected_loss": expected,
+        "first_loss_ok": abs(first - expected) <= max(TOLERANCE * expected, TOLERANCE),
+    }
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _layers(setup: Setup, image: torch.Tensor) -> tuple[list[dict[str, Any]], int, int]:
+    """A row for each layer, FLOPs of a forward pass, and how many numbers the layers give for one image."""
+    shapes: dict[str, list[int]] = {}
+    leaves = {name: module for name, module in setup.model.named_modules() if not list(module.children())}
+
+    def note_shape(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        return lambda module, inputs, output: shapes.__setitem__(name, list(output.shape[1:]))
+
+    hooks = [module.register_forward_hook(note_shape(name)) for name, module in leaves.items()]
+    counter = FlopCounterMode(display=False)
+    setup.model.eval()
+    with torch.no_grad(), counter:
+        setup.model(image)
+    setup.model.train()
+    for hook in hooks:
+        hook.remove()
+    counts = counter.get_flop_counts()
+    root = type(setup.model).__name__
+    rows = [
+        {
+            "name": name,
+            "kind": type(module).__name__,
+            "output": shapes.get(name),
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "flops": sum(counts.get(f"{root}.{name}", {}).values()),
+        }
+        for name, module in leaves.items()
+    ]
+    return rows, counter.get_total_flops(), sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -1,0 +1,16 @@
+"""The module of a residual block."""
+
+from torch import Tensor, nn
+
+
+class Residual(nn.Module):
+    """path(x) + shortcut(x), for x of any shape that both take to the same one."""
+
+    def __init__(self, path: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.path = path
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        path: Tensor = self.path(x)
+        return path + self.shortcut(x)

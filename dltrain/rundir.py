@@ -1,0 +1,161 @@
+"""A run's folder: who may write to it, what lies where, and which checkpoint is the latest that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from dltrain.errors import CheckpointError, OutputError, RunTakenError
+
+_T = TypeVar("_T")
+
+KEPT = 2  # checkpoints: the latest, and the one before in case the latest is damaged
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole content or nothing under the name, also after a power cut.
+
+    Raises OutputError, with nothing left behind, where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: {error.strerror} (errno {error.errno})") from error
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Makes a rename last.  Windows has no such call, and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunFolder:
+    """A run's folder, held by this process until `close`.
+
+    The lock is the operating system's and goes with the process, however it ends.
+    """
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        """Takes the folder, making it if need be.
+
+        Raises RunTakenError where another process holds it, or where it holds a run and `resume` is false;
+        OutputError where it cannot be written.
+        """
+        self.path = path
+        self.made = not path.exists()
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(path / ".lock")
+            self.lock.acquire(blocking=False)
+            (path / ".lock").touch()
+        except Timeout:
+            raise RunTakenError(f"{path}: another process is training here; give this run a folder of its own") from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror} (errno {error.errno})") from error
+        if (path / "config.yaml").exists() and not resume:
+            self.close()
+            raise RunTakenError(f"{path}: holds a run already; go on with it by --resume, or give another --out")
+        for leftover in (*path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a save that was killed
+            leftover.unlink()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def close(self) -> None:
+        self.lock.release()
+
+    def discard(self) -> None:
+        """Takes back a folder that this process made and trained nothing in."""
+        self.close()
+        if self.made:
+            shutil.rmtree(self.path)
+
+    def write(self, name: str, content: str | bytes) -> None:
+        write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror} (errno {error.errno})") from error
+
+    def forget_after(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl that belong to later steps than the one training goes on from."""
+        kept = [json.dumps(record) for record in records(self.path) if record["step"] <= step]
+        self.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+
+    def save(self, step: int, content: bytes) -> None:
+        """Writes a step's checkpoint, and only then removes the oldest."""
+        write_atomically(self.checkpoints / f"step-{step:09d}.safetensors", content)
+        for old in steps(self.path)[KEPT:]:
+            old.unlink()
+
+
+def create(root: Path, name: str) -> RunFolder:
+    """A new folder root/<name>/<time>; two that start in the same second get two."""
+    now = time.strftime("%Y-%m-%dT%H-%M-%S")
+    for attempt in range(1, 1000):
+        path = root / name / (now if attempt == 1 else f"{now}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror} (errno {error.errno})") from error
+        folder = RunFolder(path, resume=False)
+        folder.made = True
+        return folder
+    raise OutputError(f"{root / name}: a thousand runs started in this second")
+
+
+def steps(path: Path) -> list[Path]:
+    """The run's checkpoints, the highest step first: by step and not by time, which can jump."""
+    found = [each for each in (path / "checkpoints").glob("step-*.safetensors") if re.fullmatch(r"step-\d+", each.stem)]
+    return sorted(found, key=lambda each: int(each.stem.removeprefix("step-")), reverse=True)
+
+
+def latest(path: Path, read: Callable[[Path], _T], warn: Callable[[str], None]) -> _T | None:
+    """What `read` makes of the newest checkpoint that is whole; a broken one is warned of and passed over."""
+    for each in steps(path):
+        try:
+            return read(each)
+        except CheckpointError as error:
+            warn(f"{error}; the one before is used")
+    return None
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    metrics = path / "metrics.jsonl"
+    if not metrics.exists():
+        return
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

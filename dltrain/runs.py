@@ -1,0 +1,181 @@
+"""A run from its config to its results: what `dltrain train` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from dltrain import checkpoint, rundir
+from dltrain import config as configs
+from dltrain.build import Setup, build
+from dltrain.config import Config
+from dltrain.device import bits_depend_on, environment
+from dltrain.errors import CheckpointError, DeviceError
+from dltrain.evaluate import Evaluation, evaluate
+from dltrain.logs import Log
+from dltrain.rundir import RunFolder
+from dltrain.state import Run, Tensors
+from dltrain.train import train
+
+Saved = tuple[Path, Tensors, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    summary: dict[str, Any]  # as summary.json has it
+    folder: Path
+
+
+def start(config: Config, folder: RunFolder, console: Console, quiet: bool) -> Result:
+    """Trains a new run in its folder; a folder in which nothing could be trained is taken back."""
+    log = Log(folder, console, quiet)
+    try:
+        setup = build(config, log.note)
+    except BaseException:
+        folder.discard()
+        raise
+    folder.write("config.yaml", config.yaml())
+    return _train(new_run(setup), folder, log)
+
+
+def new_run(setup: Setup) -> Run:
+    optimizer = setup.config.optim.build(setup.model.parameters())
+    # the sums of thousands of losses want more digits than float32 has; MPS has no more
+    digits = torch.float32 if setup.placement.device.type == "mps" else torch.float64
+    return Run(setup, optimizer, torch.zeros(2, dtype=digits, device=setup.placement.device))
+
+
+def resume(
+    folder: RunFolder,
+    given: Callable[[dict[str, Any]], Config],
+    console: Console,
+    quiet: bool,
+    allow_inexact: bool,
+) -> Result:
+    """Goes on with a run from its latest checkpoint that is whole, or from its start where there is none.
+
+    given: the config to go on with, from the one that the checkpoint holds
+    """
+    log = Log(folder, console, quiet)
+    saved: Saved | None = rundir.latest(folder.path, lambda path: (path, *checkpoint.read(path)), log.note)
+    before = saved[2]["config"] if saved else _written_config(folder.path)
+    config = given(before)
+    changes = differences(before, config.plain())
+    setup = build(config, log.note)
+    run = new_run(setup)
+    if saved is None:
+        log.note("no checkpoint is whole yet: training starts at the first step")
+    else:
+        _refuse_other_bits(saved, setup, allow_inexact)
+        run.restore(*saved)
+    folder.forget_after(run.global_step)
+    if changes:
+        log.note(f"changed settings: {'; '.join(changes)}")
+        folder.append({"kind": "changed", "step": run.global_step, "settings": changes})
+    folder.write("config.yaml", config.yaml())
+    log.note(f"going on after step {run.global_step}")
+    return _train(run, folder, log)
+
+
+def _written_config(path: Path) -> dict[str, Any]:
+    if not (path / "config.yaml").exists():
+        raise CheckpointError(f"{path}: holds no run to go on with; start one without --resume")
+    return configs.load(path / "config.yaml").plain()
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
+    """`optim.lr: 0.1 -> 0.05` for each setting that differs."""
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {json.dumps(old)} -> {json.dumps(new)}")
+    return found
+
+
+def _refuse_other_bits(saved: Saved, setup: Setup, allow_inexact: bool) -> None:
+    path, _, meta = saved
+    changed = differences(meta["bits"], bits_depend_on(setup.placement.device))
+    changed += [
+        f"data {change}" for change in differences(meta["data"]["files"], dict(setup.data.files))
+    ]
+    if changed and not allow_inexact:
+        text = f"would not end in the same bits: {'; '.join(changed)}; --allow-inexact goes on all the same"
+        raise CheckpointError(f"{path}: {text}")
+
+
+def _train(run: Run, folder: RunFolder, log: Log) -> Result:
+    setup = run.setup
+    folder.write("environment.json", json.dumps(environment(setup.placement), indent=2) + "\n")
+    for line in describe(setup):
+        log.note(line)
+    try:
+        with log.begin(run):
+            train(run, folder, log)
+    except RuntimeError as error:
+        raise _out_of_memory(error, setup) from error
+    best = run.progress.best
+    if best:
+        setup.model.load_state_dict(best.weights)
+    scores = {
+        name: evaluate(setup.model, split, setup.normalise, setup.placement, setup.config.loss)
+        for name, split in (("train", setup.data.train), ("val", setup.data.val), ("test", setup.data.test))
+        if split is not None
+    }
+    summary = _summary(run, folder.path, scores)
+    folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
+    if log.board:
+        log.board.end(scores, run.global_step)
+    return Result(summary, folder.path)
+
+
+def describe(setup: Setup) -> list[str]:
+    data, config = setup.data, setup.config
+    channels, height, width = data.shape
+    held_out = f", {len(data.val):,} held out (val)" if data.val else ""
+    parameters = sum(parameter.numel() for parameter in setup.model.parameters())
+    return [
+        f"data: {config.data.source.name}, {len(data.train):,} training images{held_out}, {len(data.test):,} test,"
+        f" {channels}x{height}x{width}, {len(data.classes)} classes",
+        f"model: {config.model.source.name}, {parameters:,} parameters; {setup.step_size:,} images a step, "
+        f"{setup.steps_per_epoch:,} steps an epoch",
+        *(f"{key}: {why}" for key, why in setup.placement.why.items()),
+    ]
+
+
+def _summary(run: Run, path: Path, scores: dict[str, Evaluation]) -> dict[str, Any]:
+    at, config = run.progress, run.setup.config
+    epoch = at.best.epoch if at.best else at.epoch
+    return {
+        "run": str(path),
+        "config": config.name,
+        "seed": config.seed,
+        "epochs": at.epoch,
+        "steps": run.global_step,
+        "seconds": round(at.seconds, 3),
+        "seconds_per_epoch": round(at.seconds / at.epoch, 4),
+        "images_per_second": round(at.epoch * len(run.setup.data.train) / at.seconds, 1),
+        "chosen_by": config.chosen_by,
+        "chosen_epoch": epoch,
+        "data_verified": run.setup.data.verified,
+        **{split: scores[split].scores() if split in scores else None for split in ("train", "val", "test")},
+    }
+
+
+def _out_of_memory(error: RuntimeError, setup: Setup) -> Exception:
+    """A DeviceError where the error says that memory ran out, else the error itself."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return error
+    smaller = max(setup.micro_size // 2, 1)
+    mend = f"--set descent.micro_batch_size={smaller} keeps the step of {setup.step_size} images"
+    return DeviceError(f"{setup.placement.device}: out of memory; {mend}")

@@ -1,0 +1,115 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """Numbers stand to the right: every column but the first, and those whose name ends with a space."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column.strip(), justify="left" if index == 0 or column.endswith(" ") else "right", overflow="fold")
+    return table
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def result(summary: dict[str, Any], console: Console) -> None:
+    """What a run came to, where it is, and what to type next."""
+    table = _table("split", "loss", "accuracy")
+    for split in ("train", "val", "test"):
+        if summary[split]:
+            table.add_row(split, f"{summary[split]['loss']:.4f}", percent(summary[split]["accuracy"]))
+    console.print(table)
+    chosen = "the last epoch's" if summary["chosen_by"] == "last" else f"epoch {summary['chosen_epoch']}'s, by {summary['chosen_by']}"
+    _line(console, f"weights: {chosen}, of {summary['epochs']} epochs")
+    _line(
+        console,
+        f"time: {summary['seconds']:.1f} s training, {summary['seconds_per_epoch']:.3g} s an epoch, "
+        f"{summary['images_per_second']:,.0f} images/s",
+    )
+    if not summary["data_verified"]:
+        _line(console, "data: not verified to be the published files")
+    _line(console, f"run: {summary['run']}")
+    run = shlex.quote(summary["run"])
+    _line(console, f"next: dltrain eval {run}")
+    _line(console, "      tensorboard --logdir runs" if summary["run"].startswith("runs") else f"      tensorboard --logdir {run}")
+
+
+def evaluation(scores: dict[str, Any], console: Console) -> None:
+    """A model's scores: the whole, each class, and where the classes go where there is room for it."""
+    _line(console, f"{scores['checkpoint']}, step {scores['step']:,}, weights chosen by {scores['chosen_by']}")
+    unverified = "" if scores["data_verified"] else " (not verified to be the published files)"
+    _line(console, f"{scores['data']} {scores['split']}: {scores['images']:,} images{unverified}")
+    whole = _table("score", "value")
+    whole.add_row("accuracy (top 1)", percent(scores["accuracy"]))
+    if scores["top5"] is not None:
+        whole.add_row("accuracy (top 5)", percent(scores["top5"]))
+    whole.add_row("loss", f"{scores['loss']:.4f}")
+    whole.add_row("calibration error", percent(scores["calibration_error"]))
+    whole.add_row("images/s", f"{scores['images_per_second']:,.0f}")
+    console.print(whole)
+    narrow = console.width < 72
+    headings = ["prec.", "recall", "type I", "type II"] if narrow else ["precision", "recall", "type I error", "type II error"]
+    classes = _table("class", *([] if narrow else ["images"]), *headings)
+    for row in scores["per_class"]:
+        values = [row[key] for key in ("precision", "recall", "type_1_error", "type_2_error")]
+        shown = ["-" if value is None else f"{100 * value:.1f}" for value in values] if narrow else map(percent, values)
+        classes.add_row(row["class"], *([] if narrow else [f"{row['images']:,}"]), *shown)
+    console.print(classes)
+    matrix = scores["confusion_matrix"]
+    widest = max(len(str(count)) for row in matrix for count in row)
+    if len(matrix) * (widest + 2) + 14 <= console.width:
+        table = _table("true \\ predicted", *(str(number) for number in range(len(matrix))))
+        for row, counts in zip(scores["per_class"], matrix, strict=True):
+            table.add_row(row["class"], *(str(count) if count else "·" for count in counts))
+        console.print(table)
+    else:
+        _line(console, "confusion matrix: --json has it; TensorBoard shows it")
+
+
+def dry_run(found: dict[str, Any], console: Console) -> None:
+    """The layers, what they cost, and what the first loss says."""
+    table = _table("layer", "output ", "parameters", "MFLOPs")
+    for row in found["layers"]:
+        shape = "x".join(map(str, row["output"])) if row["output"] else "-"
+        flops = f"{row['flops'] / 1e6:.3f}" if row["flops"] else ""
+        table.add_row(row["name"] if "_" in row["name"] else f"{row['name']} {row['kind']}", shape, f"{row['parameters']:,}", flops)
+    table.add_section()
+    table.add_row("total", "", f"{found['parameters']:,}", f"{found['flops_per_image'] / 1e6:.3f}")
+    console.print(table)
+    memory = ", ".join(f"{name} {bytes_ / 1e6:,.1f}" for name, bytes_ in found["memory"].items())
+    _line(console, f"estimated memory (MB): {memory}")
+    verdict = "as expected of a model that knows nothing" if found["first_loss_ok"] else "look at initialisation and normalisation"
+    _line(console, f"first loss: {found['first_loss']:.4f}; outputs of zero would give {found['expected_loss']:.4f}: {verdict}")
+
+
+def configs(rows: Sequence[tuple[str, str]], console: Console) -> None:
+    table = _table("config", "what it is ")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def data(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    table = _table("name", "train", "test", "download", "state ")
+    for row in rows:
+        download = f"{row['download'] / 1e6:,.0f} MB" if row["download"] else "none"
+        table.add_row(row["name"], f"{row['train']:,}", f"{row['test']:,}", download, row["state"])
+    console.print(table)
+    for row in rows:
+        if row["folder"]:
+            _line(console, f"{row['name']}: {row['folder']}")

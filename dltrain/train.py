@@ -1,0 +1,170 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic, perf_counter
+from types import FrameType
+
+import torch
+
+from dltrain.data.batches import Batches
+from dltrain.errors import DivergedError, Stopped
+from dltrain.evaluate import evaluate, predicted
+from dltrain.logs import Log
+from dltrain.rundir import RunFolder
+from dltrain.state import Best, Run
+
+
+def train(run: Run, folder: RunFolder, log: Log) -> None:
+    """Trains from where the run stands to its end; `run.progress.best` then holds the weights to keep, if any do.
+
+    Raises DivergedError where the loss or a gradient is not finite, before it can reach a checkpoint, and Stopped,
+    after saving, on SIGINT or SIGTERM.
+    """
+    setup, config, at, settings = run.setup, run.setup.config, run.progress, run.setup.config.train
+    model, optimizer, placement, sums = setup.model, run.optimizer, setup.placement, run.sums
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    base_rates = [group["lr"] for group in optimizer.param_groups]
+    batches = Batches(
+        setup.data.train,
+        setup.normalise,
+        seed=config.seed,
+        step_size=setup.step_size,
+        micro_size=setup.micro_size,
+        augment=config.data.augment,
+        device=placement.device,
+    )
+    saved = monotonic()
+
+    with _stop_signals() as stop:
+        while at.epoch < settings.epochs and not _patience_is_over(run):
+            model.train()
+            clock = _Clock()
+            while at.step < batches.steps:
+                rate = config.schedule(at.epoch + at.step / batches.steps, settings.epochs)
+                for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
+                    group["lr"] = base_rate * rate
+                optimizer.zero_grad()
+                loss = torch.zeros((), device=placement.device)
+                for images, labels, share in batches.step(at.epoch, at.step):  # [B, C, H, W], [B], B / step's images
+                    with placement.autocast():
+                        outputs = model(images)  # [B, outputs]
+                    part = config.loss(outputs, labels) * share
+                    part.backward()
+                    loss += part.detach()
+                    sums[1] += (predicted(outputs.detach()) == labels).sum()
+                sums[0] += loss * batches.images_in(at.step)
+                norm = _gradient_norm(parameters)
+                healthy = torch.isfinite(loss + norm)
+                if placement.device.type == "cpu" and not healthy:  # elsewhere this waits, so it is asked at log lines
+                    raise _diverged(run, f"the loss is {loss.item()} and the gradient's norm {norm.item()}")
+                if settings.clip_norm:  # as torch.nn.utils.clip_grad_norm_
+                    scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1)
+                    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+                optimizer.step()
+                at.step += 1
+                epoch_ends = at.step == batches.steps
+
+                if run.global_step % settings.log_every_steps == 0 or epoch_ends:
+                    if not healthy:
+                        raise _diverged(run, f"the loss is {loss.item()} and the gradient's norm {norm.item()}")
+                    loss_sum, correct = sums.tolist()  # the only place that waits for the device
+                    at.epoch_seconds += clock.lap()
+                    seen = batches.images_before(at.step)
+                    log.step(
+                        run,
+                        loss=(loss_sum - at.loss_sum) / (seen - at.seen),
+                        accuracy=(correct - at.correct) / (seen - at.seen),
+                        lr=optimizer.param_groups[0]["lr"],
+                        gradient_norm=norm.item(),
+                        images_per_second=(seen - at.seen) / (at.epoch_seconds - at.logged_seconds),
+                    )
+                    at.loss_sum, at.correct, at.seen, at.logged_seconds = loss_sum, correct, seen, at.epoch_seconds
+                due = settings.checkpoint_every_steps and run.global_step % settings.checkpoint_every_steps == 0
+                if due or stop or monotonic() - saved > 60 * settings.checkpoint_every_minutes:
+                    at.epoch_seconds += clock.lap()
+                    _save(run, folder)
+                    saved = monotonic()
+                    clock.lap()
+                if stop:
+                    go_on = f"go on with: dltrain train --resume {folder.path}"
+                    raise Stopped(f"stopped after step {run.global_step}, and saved; {go_on}", stop[0])
+
+            trained = {"loss": at.loss_sum / at.seen, "accuracy": at.correct / at.seen}
+            scores = None
+            if setup.data.val is not None:
+                scores = evaluate(model, setup.data.val, setup.normalise, placement, config.loss).scores()
+                if not math.isfinite(scores["loss"]):
+                    raise _diverged(run, f"the val loss is {scores['loss']}")
+            at.epoch, at.step, at.seconds = at.epoch + 1, 0, at.seconds + at.epoch_seconds
+            if scores and config.chosen_by != "last":
+                value = scores["accuracy"] if config.chosen_by == "val_accuracy" else -scores["loss"]
+                if at.best is None or value > at.best.value:
+                    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                    at.best = Best(value, at.epoch, run.global_step, weights)
+            log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
+            at.loss_sum, at.correct, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
+            sums.zero_()
+        _save(run, folder)
+
+
+def _save(run: Run, folder: RunFolder) -> None:
+    """Writes the run's checkpoint and the weights kept so far; weights that are not finite are never written."""
+    for name, tensor in run.setup.model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise _diverged(run, f"{name} is not finite")
+    folder.save(run.global_step, run.encode())
+    if run.progress.best:
+        best = run.progress.best
+        folder.write("best.safetensors", run.encode_weights(best.weights, best.step))
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients together: float32 `[]`."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
+
+
+def _patience_is_over(run: Run) -> bool:
+    patience, at = run.setup.config.train.patience_epochs, run.progress
+    return patience is not None and at.best is not None and at.epoch - at.best.epoch >= patience
+
+
+def _diverged(run: Run, what: str) -> DivergedError:
+    rate = run.optimizer.param_groups[0]["lr"]
+    mend = "lower optim.lr, warm up (schedule.warmup_epochs) or clip the gradient (train.clip_norm: 1)"
+    return DivergedError(f"step {run.global_step + 1}: {what}, at learning rate {rate:.3g}; nothing was saved of it: {mend}")
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.start = perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        last, self.start = self.start, perf_counter()
+        return self.start - last
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM adds its number to; a second SIGINT ends the process as it would without us."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield received
+        return
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
