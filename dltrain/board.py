@@ -51,7 +51,9 @@ class Board:
     def end(self, scores: Mapping[str, Evaluation], step: int) -> None:
         """The scores of each split with the weights of that step, and pictures of what the test split says of them."""
         if "val" in scores:  # the chosen weights' own, where the hparams view looks for them
-            self._scalars({"loss/val": scores["val"].loss, "accuracy/val": scores["val"].accuracy}, self.run.global_step)
+            self._scalars(
+                {"loss/val": scores["val"].loss, "accuracy/val": scores["val"].accuracy}, self.run.global_step
+            )
         test = scores["test"]
         self._scalars({"loss/test": test.loss, "accuracy/test": test.accuracy}, self.run.global_step)
         self._try(lambda: self._pictures(test, step))
@@ -71,8 +73,13 @@ class Board:
         flat = _flat(self.run.setup.config.plain())
         experiment, start, self.session_end = hparams(flat, dict.fromkeys(FINAL_TAGS, 0.0))
         # add_hparams would do this in a run of its own, which then stands beside this one
-        self.writer.file_writer.add_summary(experiment)
-        self.writer.file_writer.add_summary(start)
+        self._summaries(experiment, start)
+
+    def _summaries(self, *summaries: Any) -> None:
+        if self.writer:
+            events: Any = self.writer.file_writer  # which its type says is None
+            for summary in summaries:
+                events.add_summary(summary)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         def write() -> None:
@@ -115,7 +122,7 @@ class Board:
 
     def _close(self) -> None:
         if self.writer:
-            self.writer.file_writer.add_summary(self.session_end)
+            self._summaries(self.session_end)
             self.writer.close()
 
 

@@ -41,9 +41,7 @@ def load_data(config: Config, root: str | None, note: Callable[[str], None]) -> 
     settings = config.data
     files = Files(data_root(root or settings.root), verify=settings.verify, report=note)
     dataset: Dataset = settings.source.build(files)
-    return prepare(
-        dataset, seed=config.seed, val=settings.val, classes=settings.classes, limit=settings.limit
-    )
+    return prepare(dataset, seed=config.seed, val=settings.val, classes=settings.classes, limit=settings.limit)
 
 
 def outputs_of(config: Config, classes: int) -> int:
@@ -76,7 +74,7 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
         raise ConfigError(f"descent.batch_size: {text}; lower it, or use `descent: batch`")
     model = build_model(config, data.shape, len(data.classes))
     placement = place(config.train.device, config.train.precision, config.train.memory_format, model)
-    model.to(placement.device, memory_format=placement.memory_format)
+    placement.take(model)
     _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
     normalise = Normalise(data.normalisation, placement.device, placement.memory_format)
     return Setup(config, data, model, outputs, placement, normalise, step_size, micro_size)
@@ -108,5 +106,7 @@ def _check_batchnorm(model: nn.Module, shape: tuple[int, ...], images: int) -> N
     for hook in hooks:
         hook.remove()
     if alone:
-        text = f"'{alone[0]}' sees one image at a time, at least in the last step of an epoch, and has nothing to average"
+        text = (
+            f"'{alone[0]}' sees one image at a time, at least in the last step of an epoch, and has nothing to average"
+        )
         raise ConfigError(f"batchnorm {text}; choose another descent.batch_size, data.val or data.limit")

@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file that says what it is, whose every byte is covered by a digest.
 
-The metadata is one JSON text under the key `dltrain`.  Its first member, `sha256`, is the SHA-256 of the whole file with
-these 64 digits replaced by zeros.  docs/checkpoint.md describes the rest.  Nothing here unpickles.
+The metadata is one JSON text under the key `dltrain`.  Its first member, `sha256`, is the SHA-256 of the whole file
+with these 64 digits replaced by zeros.  docs/checkpoint.md describes the rest.  Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _check_sizes(path: Path, head: bytes, size: int) -> None:
         raise CheckpointError(f"{path}: {size} bytes; empty or cut off")
     (length,) = struct.unpack("<Q", head)
     if length > min(MAX_HEADER, size - 8):
-        kind = "a pickle or another format" if head[:1] == b"\x80" or head[:2] == b"PK" else "damaged, or another format"
+        kind = (
+            "a pickle or another format" if head[:1] == b"\x80" or head[:2] == b"PK" else "damaged, or another format"
+        )
         raise CheckpointError(f"{path}: not a dltrain checkpoint ({kind}); such files are never loaded")
 
 
@@ -85,7 +87,9 @@ def _metadata(path: Path, header: bytes) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: not a dltrain checkpoint: its header has no `dltrain` metadata") from None
     if version != FORMAT:
-        raise CheckpointError(f"{path}: format {version!r}; this dltrain reads format {FORMAT}: use the dltrain that wrote it")
+        raise CheckpointError(
+            f"{path}: format {version!r}; this dltrain reads format {FORMAT}: use the dltrain that wrote it"
+        )
     return dict(meta)
 
 

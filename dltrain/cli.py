@@ -71,16 +71,22 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, a shipped config's name, or a run to resume.")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, a shipped config's name, or a run to resume.")
+    ],
     overrides: Overrides = [],  # noqa: B006  typer reads it and changes nothing
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder; default: runs/<name>/<time>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run's folder; default: runs/<name>/<time>.")
+    ] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in this folder (or in --out).")] = False,
     allow_inexact: Annotated[
@@ -114,7 +120,9 @@ def train(
         _print_result(runs.start(loaded, folder, notes, quiet).summary, notes, as_json)
 
 
-def _resume(config: str, overrides: list[str], out: Path | None, allow_inexact: bool, quiet: bool, as_json: bool) -> None:
+def _resume(
+    config: str, overrides: list[str], out: Path | None, allow_inexact: bool, quiet: bool, as_json: bool
+) -> None:
     from dltrain import config as configs
     from dltrain import rundir
 
@@ -215,7 +223,9 @@ def check_gpu(
 
 @app.command(name="list")
 def list_components(
-    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="model, layer, loss, optim, …; default: all.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help="model, layer, loss, optim, …; default: all.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference documentation.")] = False,
 ) -> None:
     """List every component that a config can name, with its arguments."""
@@ -235,7 +245,8 @@ def config_show(config: Annotated[str, typer.Argument(metavar="CONFIG")], overri
 
 @config_app.command(name="check")
 def config_check(
-    files: Annotated[list[str], typer.Argument(metavar="CONFIG…")], overrides: Overrides = []  # noqa: B006
+    files: Annotated[list[str], typer.Argument(metavar="CONFIG…")],
+    overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Check configs and do nothing else."""
     wrong = []
@@ -263,7 +274,9 @@ def config_list() -> None:
     """List the configs that come with dltrain."""
     from dltrain import shipped, tables
 
-    tables.configs([(name, shipped.headline(shipped.folder() / f"{name}.yaml")) for name in shipped.names()], _console())
+    tables.configs(
+        [(name, shipped.headline(shipped.folder() / f"{name}.yaml")) for name in shipped.names()], _console()
+    )
 
 
 @data_app.command(name="list")
@@ -303,7 +316,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code.  A traceback means a bug of ours."""
-    usage_error = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+    # click's, or the copy of it inside newer versions of typer
+    usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
         code = app(arguments, prog_name="dltrain", standalone_mode=False)
         sys.stdout.flush()
@@ -319,5 +333,5 @@ def run(arguments: list[str]) -> int:
         _drop_stdout()
         return 0
     except usage_error as error:
-        _say(f"error: {' '.join(error.format_message().split())}; see dltrain --help")  # type: ignore[attr-defined]
+        _say(f"error: {' '.join(error.format_message().split())}; see dltrain --help")
         return 2

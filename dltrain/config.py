@@ -59,7 +59,9 @@ class _Shared(Settings):
         if isinstance(data, str):
             data = {"name": data}
         if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-            raise PydanticCustomError("not_a_section", "expected a name, or settings with `name:`{hint}", written.hint())
+            raise PydanticCustomError(
+                "not_a_section", "expected a name, or settings with `name:`{hint}", written.hint()
+            )
         entry = written.entry(data["name"], ("name",))
         shared = [name for name in cls.model_fields if name != "source"]
         known_keys(data, ["name", *shared, *entry.arguments.model_fields])
@@ -101,7 +103,7 @@ class Data(_Shared):
     val: NonNegativeInt | Annotated[float, Field(gt=0, lt=1)] = 0
     classes: Annotated[list[NonNegativeInt | str], Field(min_length=2)] | None = None
     limit: PositiveInt | None = None
-    augment: Augmentations = []
+    augment: Augmentations = Field(default=[])
 
 
 class Model(_Shared):
@@ -119,7 +121,8 @@ class Descent(Settings):
 
     variant: batch (all of them: one step an epoch), stochastic (one) or mini-batch
     batch_size: images in a mini-batch; default 128
-    micro_batch_size: images that go through the model at once, their gradients summed to the same step; default: all of a mini-batch, 1000 of a batch
+    micro_batch_size: images that go through the model at once, their gradients summed to the same step; default: all of
+        a mini-batch, 1000 of a batch
     """
 
     variant: Literal["batch", "stochastic", "mini-batch"] = "mini-batch"
@@ -147,9 +150,10 @@ class Train(Settings):
     device: auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:N or mps
     precision: fp32, bf16 (bfloat16 autocast), or auto: bf16 where the device computes it faster
     memory_format: contiguous, channels_last, or auto: channels_last for convolutions
-    deterministic: only algorithms that give the same bits each time (on CUDA some are slower); a CPU always does
+    deterministic: only algorithms that give the same bits each time (on CUDA some are slower; a CPU always does)
     clip_norm: scale the gradient down to this 2-norm where it is larger
-    choose_by: which epoch's weights are kept as the best: by val_accuracy, val_loss, or the last; default: val_accuracy where `data.val` holds images out, else last
+    choose_by: which epoch's weights are kept as the best: by val_accuracy, val_loss, or the last; default: val_accuracy
+        where `data.val` holds images out, else last
     patience_epochs: stop after this many epochs without a better one
     log_every_steps: steps between two log lines
     checkpoint_every_steps: save after every so many steps, besides the clock
@@ -245,10 +249,12 @@ def override(data: dict[str, Any], text: str) -> tuple[Place, str]:
     place: list[str | int] = []
     node: Any = data
     for depth, part in enumerate(parts):
-        step: str | int = part
+        step: Any = part
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"{where}: {'.'.join(parts[:depth])} is a list of {len(node)}; expected 0..{len(node) - 1}")
+                raise ConfigError(
+                    f"{where}: {'.'.join(parts[:depth])} is a list of {len(node)}; expected 0..{len(node) - 1}"
+                )
             step = int(part)
         place.append(step)
         if depth == len(parts) - 1:
@@ -312,6 +318,7 @@ def _explain(error: ValidationError, document: Document, overrides: Mapping[Plac
 def _place(loc: Sequence[str | int], data: Any) -> tuple[Place, Any]:
     """Where in the file pydantic's location points, its own names for unions and the like left out; and the value."""
     place: list[str | int] = []
+    part: Any
     for part in loc:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             data = data[part]
@@ -320,5 +327,7 @@ def _place(loc: Sequence[str | int], data: Any) -> tuple[Place, Any]:
 
 
 def _short(value: Any) -> str:
-    text = {dict: "a mapping", list: "a list", type(None): "nothing", bool: str(value).lower()}.get(type(value), repr(value))
+    text = {dict: "a mapping", list: "a list", type(None): "nothing", bool: str(value).lower()}.get(
+        type(value), repr(value)
+    )
     return text if len(text) <= 60 else f"{text[:57]}…"

@@ -28,6 +28,11 @@ class Placement:
     memory_format: torch.memory_format
     why: dict[str, str]  # what was chosen for device, precision and memory_format -> the reason
 
+    def take(self, model: nn.Module) -> None:
+        """Moves a model here, its convolutions' weights in the memory format."""
+        model.to(self.device)
+        model.to(memory_format=self.memory_format)
+
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -65,7 +70,10 @@ def place(asked: str, precision: str, memory_format: str, model: nn.Module) -> P
         units = sorted({"amx_bf16", "avx512_bf16"} & cpu_flags())
         bf16, precision_why = bool(units), f"convolutions, and the CPU has {' and '.join(units) or 'no bf16 units'}"
     else:
-        bf16, precision_why = False, f"{'the' if convolves else 'no convolutions; the'} {device.type} gains nothing by bf16"
+        bf16, precision_why = (
+            False,
+            f"{'the' if convolves else 'no convolutions; the'} {device.type} gains nothing by bf16",
+        )
     if memory_format != "auto":
         last, format_why = memory_format == "channels_last", "asked for"
     else:

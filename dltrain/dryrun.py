@@ -48,7 +48,9 @@ def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
     expected = float(config.loss(torch.zeros_like(outputs), labels))
     first = float(loss.detach())
     weights = _bytes(*setup.model.state_dict().values())
-    state = _bytes(*(value for each in run.optimizer.state.values() for value in each.values() if torch.is_tensor(value)))
+    state = _bytes(
+        *(value for each in run.optimizer.state.values() for value in each.values() if torch.is_tensor(value))
+    )
     half = 2 if setup.placement.dtype == torch.bfloat16 else 4
     splits = [split for split in (setup.data.train, setup.data.val, setup.data.test) if split is not None]
     memory = {

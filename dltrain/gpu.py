@@ -101,7 +101,7 @@ def _torchvision_operators() -> Facts:
     libraries = [file for folder in folders or () for file in Path(folder).glob("_C*")]
     if not libraries:
         raise FileNotFoundError("torchvision has no compiled operators")
-    torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
+    torch.ops.load_library(str(libraries[0]))
     cuda = torch.ops.torchvision._cuda_version()
     return {"cuda": _cuda_version(cuda) if cuda > 0 else None}
 
@@ -156,7 +156,7 @@ def _cuda_count(has_driver: bool) -> int:
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     if has_driver and torch.version.cuda:
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # raises, and its message is why torch sees no card
+        torch.cuda.init()
     return 0
 
 

@@ -78,16 +78,27 @@ class Log:
         """
         seconds = run.progress.epoch_seconds
         epoch, epochs = run.progress.epoch, run.setup.config.train.epochs
-        record = {"kind": "epoch", "step": run.global_step, "epoch": epoch, "train": train, "val": val, "seconds": seconds}
+        record = {
+            "kind": "epoch",
+            "step": run.global_step,
+            "epoch": epoch,
+            "train": train,
+            "val": val,
+            "seconds": seconds,
+        }
         self.folder.append(record)
         if self.board:
             self.board.epoch(val, example)
         if self.quiet:
             return
-        parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}", f"train loss {train['loss']:.4f}", percent(train["accuracy"])]
+        parts = [
+            f"epoch {epoch:>{len(str(epochs))}}/{epochs}",
+            f"train loss {train['loss']:.4f}",
+            percent(train["accuracy"]),
+        ]
         if val:
             parts += [f"val loss {val['loss']:.4f}", percent(val["accuracy"])]
-        parts += [f"{seconds:.1f} s"]
+        parts += [f"{seconds:.3g} s"]
         if run.progress.best and run.progress.best.epoch == epoch:
             parts += ["best"]
         if self.console.is_terminal and self.console.width < 70:

@@ -25,7 +25,9 @@ def _lean(name: str) -> type[torch.optim.Optimizer]:
     return type(name, (base,), members | {"step": torch.no_grad()(base.step.__wrapped__)})
 
 
-def _build(name: str, params: Iterable[torch.nn.Parameter], fused: bool = True, **settings: Any) -> torch.optim.Optimizer:
+def _build(
+    name: str, params: Iterable[torch.nn.Parameter], fused: bool = True, **settings: Any
+) -> torch.optim.Optimizer:
     """Fused: all parameters are updated by one kernel, where torch has one for the device."""
     params = list(params)
     if fused:

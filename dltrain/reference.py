@@ -28,7 +28,7 @@ def describe_type(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(describe_type(each) for each in schema["anyOf"])
     if "$ref" in schema:
-        return schema["$ref"].rpartition("/")[2]
+        return str(schema["$ref"]).rpartition("/")[2]
     if "enum" in schema:
         return " or ".join(map(str, schema["enum"]))
     if "const" in schema:
@@ -48,7 +48,15 @@ def arguments(settings: type[BaseModel]) -> Iterable[tuple[str, str, str, str]]:
     for name, schema in described["properties"].items():
         required = name in described.get("required", [])
         default = schema.get("default")
-        shown = "required" if required else "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+        shown = (
+            "required"
+            if required
+            else "none"
+            if default is None
+            else str(default).lower()
+            if isinstance(default, bool)
+            else str(default)
+        )
         yield name, describe_type(schema), shown, schema.get("description", "")
 
 

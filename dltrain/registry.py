@@ -80,11 +80,12 @@ def known_keys(data: Any, known: Iterable[str]) -> None:
     unknown = [key for key in data if key not in known]
     if unknown:
         free = [name for name in known if name not in data]
+        hints = {key: nearest(key, known) or suggest(key, free) for key in unknown}
         raise ValidationError.from_exception_data(
             "settings",
             [
                 InitErrorDetails(
-                    type=PydanticCustomError("unknown_key", "unknown key{hint}", {"hint": suggest(key, free)}),
+                    type=PydanticCustomError("unknown_key", "unknown key{hint}", {"hint": hints[key]}),
                     loc=(key,),
                     input=data[key],
                 )
@@ -288,7 +289,7 @@ def _below(key: str, error: ValidationError) -> ValidationError:
     """The same errors, their places given below `key`."""
     lines = [
         InitErrorDetails(
-            type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")),  # type: ignore[arg-type]
+            type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")),
             loc=(key, *line["loc"]),
             input=line["input"],
         )

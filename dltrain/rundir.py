@@ -70,7 +70,9 @@ class RunFolder:
             self.lock.acquire(blocking=False)
             (path / ".lock").touch()
         except Timeout:
-            raise RunTakenError(f"{path}: another process is training here; give this run a folder of its own") from None
+            raise RunTakenError(
+                f"{path}: another process is training here; give this run a folder of its own"
+            ) from None
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror} (errno {error.errno})") from error
         if (path / "config.yaml").exists() and not resume:

@@ -106,9 +106,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 def _refuse_other_bits(saved: Saved, setup: Setup, allow_inexact: bool) -> None:
     path, _, meta = saved
     changed = differences(meta["bits"], bits_depend_on(setup.placement.device))
-    changed += [
-        f"data {change}" for change in differences(meta["data"]["files"], dict(setup.data.files))
-    ]
+    changed += [f"data {change}" for change in differences(meta["data"]["files"], dict(setup.data.files))]
     if changed and not allow_inexact:
         text = f"would not end in the same bits: {'; '.join(changed)}; --allow-inexact goes on all the same"
         raise CheckpointError(f"{path}: {text}")

@@ -12,7 +12,10 @@ from dltrain.config import Config, Data, Model
 from dltrain.registry import KINDS, Entry
 
 Schema = dict[str, Any]
-SHARED = {"data": Data, "model": Model}  # sections whose settings are partly the component's own
+SHARED: dict[str, type[BaseModel]] = {
+    "data": Data,
+    "model": Model,
+}  # sections whose settings are partly the component's own
 
 
 def schema() -> Schema:

@@ -54,7 +54,7 @@ class Run:
 
     def encode(self) -> bytes:
         """The checkpoint that `restore` goes on from."""
-        names = {parameter: name for name, parameter in self.setup.model.named_parameters()}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.setup.model.named_parameters()}
         tensors = {f"model.{name}": tensor for name, tensor in self.setup.model.state_dict().items()}
         scalars: dict[str, dict[str, Any]] = {}
         for parameter, state in self.optimizer.state.items():

@@ -19,7 +19,9 @@ def _table(*columns: str, title: str | None = None) -> Table:
     """Numbers stand to the right: every column but the first, and those whose name ends with a space."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column.strip(), justify="left" if index == 0 or column.endswith(" ") else "right", overflow="fold")
+        table.add_column(
+            column.strip(), justify="left" if index == 0 or column.endswith(" ") else "right", overflow="fold"
+        )
     return table
 
 
@@ -34,7 +36,11 @@ def result(summary: dict[str, Any], console: Console) -> None:
         if summary[split]:
             table.add_row(split, f"{summary[split]['loss']:.4f}", percent(summary[split]["accuracy"]))
     console.print(table)
-    chosen = "the last epoch's" if summary["chosen_by"] == "last" else f"epoch {summary['chosen_epoch']}'s, by {summary['chosen_by']}"
+    chosen = (
+        "the last epoch's"
+        if summary["chosen_by"] == "last"
+        else f"epoch {summary['chosen_epoch']}'s, by {summary['chosen_by']}"
+    )
     _line(console, f"weights: {chosen}, of {summary['epochs']} epochs")
     _line(
         console,
@@ -46,7 +52,10 @@ def result(summary: dict[str, Any], console: Console) -> None:
     _line(console, f"run: {summary['run']}")
     run = shlex.quote(summary["run"])
     _line(console, f"next: dltrain eval {run}")
-    _line(console, "      tensorboard --logdir runs" if summary["run"].startswith("runs") else f"      tensorboard --logdir {run}")
+    _line(
+        console,
+        "      tensorboard --logdir runs" if summary["run"].startswith("runs") else f"      tensorboard --logdir {run}",
+    )
 
 
 def evaluation(scores: dict[str, Any], console: Console) -> None:
@@ -63,7 +72,9 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
     whole.add_row("images/s", f"{scores['images_per_second']:,.0f}")
     console.print(whole)
     narrow = console.width < 72
-    headings = ["prec.", "recall", "type I", "type II"] if narrow else ["precision", "recall", "type I error", "type II error"]
+    headings = (
+        ["prec.", "recall", "type I", "type II"] if narrow else ["precision", "recall", "type I error", "type II error"]
+    )
     classes = _table("class", *([] if narrow else ["images"]), *headings)
     for row in scores["per_class"]:
         values = [row[key] for key in ("precision", "recall", "type_1_error", "type_2_error")]
@@ -87,14 +98,26 @@ def dry_run(found: dict[str, Any], console: Console) -> None:
     for row in found["layers"]:
         shape = "x".join(map(str, row["output"])) if row["output"] else "-"
         flops = f"{row['flops'] / 1e6:.3f}" if row["flops"] else ""
-        table.add_row(row["name"] if "_" in row["name"] else f"{row['name']} {row['kind']}", shape, f"{row['parameters']:,}", flops)
+        table.add_row(
+            row["name"] if "_" in row["name"] else f"{row['name']} {row['kind']}",
+            shape,
+            f"{row['parameters']:,}",
+            flops,
+        )
     table.add_section()
     table.add_row("total", "", f"{found['parameters']:,}", f"{found['flops_per_image'] / 1e6:.3f}")
     console.print(table)
     memory = ", ".join(f"{name} {bytes_ / 1e6:,.1f}" for name, bytes_ in found["memory"].items())
     _line(console, f"estimated memory (MB): {memory}")
-    verdict = "as expected of a model that knows nothing" if found["first_loss_ok"] else "look at initialisation and normalisation"
-    _line(console, f"first loss: {found['first_loss']:.4f}; outputs of zero would give {found['expected_loss']:.4f}: {verdict}")
+    verdict = (
+        "as expected of a model that knows nothing"
+        if found["first_loss_ok"]
+        else "look at initialisation and normalisation"
+    )
+    _line(
+        console,
+        f"first loss: {found['first_loss']:.4f}; outputs of zero would give {found['expected_loss']:.4f}: {verdict}",
+    )
 
 
 def configs(rows: Sequence[tuple[str, str]], console: Console) -> None:

@@ -126,7 +126,9 @@ def _save(run: Run, folder: RunFolder) -> None:
 
 def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together: float32 `[]`."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None])))
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
 def _patience_is_over(run: Run) -> bool:
@@ -137,7 +139,9 @@ def _patience_is_over(run: Run) -> bool:
 def _diverged(run: Run, what: str) -> DivergedError:
     rate = run.optimizer.param_groups[0]["lr"]
     mend = "lower optim.lr, warm up (schedule.warmup_epochs) or clip the gradient (train.clip_norm: 1)"
-    return DivergedError(f"step {run.global_step + 1}: {what}, at learning rate {rate:.3g}; nothing was saved of it: {mend}")
+    return DivergedError(
+        f"step {run.global_step + 1}: {what}, at learning rate {rate:.3g}; nothing was saved of it: {mend}"
+    )
 
 
 class _Clock:

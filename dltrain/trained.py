@@ -62,7 +62,9 @@ def load(path: Path, device: str = "auto") -> Trained:
         config = configs.from_plain(meta["config"], str(path))
         classes = tuple(str(name) for name in meta["classes"])
         channels, height, width = (int(size) for size in meta["shape"])
-        normalisation = Normalisation(**{key: [float(x) for x in meta["normalisation"][key]] for key in ("mean", "std")})
+        normalisation = Normalisation(
+            **{key: [float(x) for x in meta["normalisation"][key]] for key in ("mean", "std")}
+        )
         files = {str(name): str(digest) for name, digest in meta["data"]["files"].items()}
         step = int(meta["step"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -82,7 +84,8 @@ def load(path: Path, device: str = "auto") -> Trained:
     checkpoint.check_fit(path, model, weights)
     model.load_state_dict(weights, assign=True)
     placement = place(device, config.train.precision, config.train.memory_format, model)
-    model.to(placement.device, memory_format=placement.memory_format).eval()
+    placement.take(model)
+    model.eval()
     normalise = Normalise(normalisation, placement.device, placement.memory_format)
     shape = (channels, height, width)
     return Trained(path, config, model, classes, shape, normalise, placement, files, step)
@@ -101,8 +104,8 @@ def judge(
         )
     if data.files != trained.files:
         note("the data files are not the ones that this model was trained on: their digests differ")
-    found = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, trained.config.loss)
-    scores = classification(probabilities(found.outputs), found.labels, trained.classes)
+    evaluation = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, trained.config.loss)
+    scores = classification(probabilities(evaluation.outputs), evaluation.labels, trained.classes)
     return {
         "checkpoint": str(trained.path),
         "step": trained.step,
@@ -111,14 +114,14 @@ def judge(
         "split": split,
         "chosen_by": trained.config.chosen_by,
         **{key: trained.placement.why[key] for key in ("device", "precision")},
-        "loss": found.loss,
-        "images_per_second": round(len(found.labels) / found.seconds, 1),
+        "loss": evaluation.loss,
+        "images_per_second": round(len(evaluation.labels) / evaluation.seconds, 1),
         **scores,
-    }, found
+    }, evaluation
 
 
 def predictions_csv(trained: Trained, found: Evaluation) -> str:
-    """A row an image, in the split's order: index, true and predicted class, whether right, each class's probability."""
+    """A row an image, in the split's order: index, true and predicted class, whether right, the probabilities."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "true", "predicted", "correct", *(f"p_{name}" for name in trained.classes)])

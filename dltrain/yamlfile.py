@@ -77,7 +77,7 @@ def parse(text: str, source: str) -> Document:
     try:
         _Reader(text, document).whole()
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark: Any = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise ConfigError(f"{source}{line}: not YAML: {problem}".replace("\n", " ")) from None
@@ -158,6 +158,7 @@ class _Reader:
 
     def mapping(self, place: Place) -> dict[str, Any]:
         items: dict[str, Any] = {}
+        event: Any
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent) or event.tag is not None:
                 raise self.fail(event, "a key must be plain text")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,25 @@ def test_broken_gzip_fails_a_mirror(server, folder, served, reason):
     with pytest.raises(DataError, match=reason):
         get(folder, server.serve("file.gz", served), gunzip=True)
     assert left_in(folder) == []
+
+
+def test_a_bomb_is_not_inflated(server, folder, monkeypatch):
+    inflated = []
+    real = zlib.decompressobj
+
+    class Counting:
+        def __init__(self, wbits):
+            self.real = real(wbits)
+
+        def decompress(self, chunk, most):
+            content = self.real.decompress(chunk, most)
+            inflated.append(len(content))
+            return content
+
+    monkeypatch.setattr(download_module.zlib, "decompressobj", Counting)
+    with pytest.raises(DataError, match="expands to more than 10240 bytes"):
+        get(folder, server.serve("file.gz", gzip.compress(bytes(2**24))), gunzip=True)
+    assert sum(inflated) == 10241
 
 
 def test_what_an_earlier_process_left_is_no_hindrance(server, folder):

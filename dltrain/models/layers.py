@@ -76,7 +76,8 @@ def conv(
     out: output channels; `classes`: as many as the model has outputs
     kernel: height and width of the window
     stride: pixels between two windows
-    padding: zeros around the image: pixels, `same` (the output is as large as the input divided by the stride) or `valid` (none)
+    padding: zeros around the image: pixels, `valid` (none) or `same` (what makes the output as large as the input
+        divided by the stride)
     dilation: pixels between two taps of the window
     groups: parts that the channels are split into, each convolved alone
     bias: add a number to each output channel
@@ -158,9 +159,7 @@ def flatten(shape: Shape, outputs: int) -> nn.Module:
 
 
 @register("layer")
-def linear(
-    shape: Shape, outputs: int, *, out: PositiveInt | Literal["classes"], bias: bool = True
-) -> nn.Module:
+def linear(shape: Shape, outputs: int, *, out: PositiveInt | Literal["classes"], bias: bool = True) -> nn.Module:
     """Every output a weighted sum of all inputs: a fully connected layer.
 
     out: how many outputs; `classes`: as many as the model has
@@ -188,7 +187,8 @@ def residual(
     """The layers' output plus their input (He et al. 2016).
 
     layers: the path beside the shortcut
-    shortcut: `identity` needs equal shapes; `projection` brings the input to the output's shape by a strided 1x1 convolution and batch normalisation
+    shortcut: `identity` needs equal shapes; `projection` brings the input to the output's shape by a strided 1x1
+        convolution and batch normalisation
     """
     from dltrain.models.residual import Residual
 
@@ -196,7 +196,9 @@ def residual(
     after = shape_after(path, shape)
     if shortcut == "identity":
         if after != shape:
-            text = f"the layers make {show(after)} of {show(shape)}; equal shapes, or `shortcut: projection`, are needed"
+            text = (
+                f"the layers make {show(after)} of {show(shape)}; equal shapes, or `shortcut: projection`, are needed"
+            )
             raise ValueError(text)
         return Residual(path, nn.Identity())
     channels, height, _ = _image(shape)

@@ -12,5 +12,5 @@ class Residual(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        path: Tensor = self.path(x)
-        return path + self.shortcut(x)
+        total: Tensor = self.path(x) + self.shortcut(x)
+        return total
