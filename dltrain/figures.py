@@ -57,7 +57,8 @@ def mistakes_picture(images: torch.Tensor, captions: Sequence[str]) -> np.ndarra
         axes.set_axis_off()
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):  # the grid's last row may be short
         grey = image.shape[0] != 3
-        axes.imshow(image[0] if grey else image.permute(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
+        pixels = (image[0] if grey else image.permute(1, 2, 0)).numpy()
+        axes.imshow(pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
         axes.set_title(caption, fontsize=8)
     return _pixels(figure)
 
