@@ -114,6 +114,11 @@ class _Python2Pickler(pickle._Pickler):
 
     dispatch[bytes] = save_bytes
 
+    def save_str(self, value: str) -> None:
+        self.save_bytes(value.encode("ascii"))
+
+    dispatch[str] = save_str
+
     def save_global(self, value: Any, name: str | None = None) -> None:
         module = value.__module__.replace("numpy._core", "numpy.core")
         self.write(pickle.GLOBAL + f"{module}\n{value.__qualname__}\n".encode())

@@ -225,7 +225,7 @@ def bomb(size):
     ],
 )
 def test_no_more_than_expected_is_inflated(tmp_path, path, monkeypatch, changes, size, limit):
-    monkeypatch.setattr(files_module, "UNPUBLISHED_LIMIT", 10_000)
+    monkeypatch.setattr(files_module, "LARGEST", 10_000)
     path.unlink()
     path.with_name("file.gz").write_bytes(bomb(2**22))
     inflated = []
@@ -248,6 +248,24 @@ def test_a_file_too_large_to_be_one_is_not_read(tmp_path, path):
         out.truncate(2**40)  # a hole: takes no space
     with pytest.raises(DataError, match=f"expected at most {2**30} bytes, found {2**40}"):
         read(tmp_path)
+
+
+def test_a_file_larger_than_memory_is_an_error(tmp_path, path):
+    with path.open("wb") as out:
+        out.truncate(2**43)
+    with pytest.raises(DataError, match=f"file: {2**43} bytes do not fit in memory"):
+        Files(tmp_path).open(ONE_FILE).read("file", lambda header: 2**43)
+
+
+def test_a_file_without_a_published_checksum_is_hashed_once(tmp_path, path, hashed):
+    unpublished = Published("One file", 1, 1, (Layout("folder", (File("file", len(CONTENT)),)),))
+    notes = []
+    for _ in range(2):
+        source = Files(tmp_path, report=notes.append).open(unpublished)
+        source.read("file")
+        assert not source.verified
+    assert hashed == [CONTENT]
+    assert notes == 2 * [f"One file: {path}: has no published checksum: its structure is checked, not its contents"]
 
 
 @pytest.mark.parametrize("kind", ["absent", "a folder", "a pipe"])

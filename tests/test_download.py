@@ -23,12 +23,12 @@ from dltrain.data import cifar as cifar_module
 from dltrain.data import download as download_module
 from dltrain.data import files as files_module
 from dltrain.data import mnist as mnist_module
-from dltrain.data.download import File, fetch, fetch_members
+from dltrain.data.download import TIMEOUT, File, fetch, fetch_members
 from dltrain.data.files import Files, Layout, Published
 from dltrain.errors import DataError, OutputError
 
 CONTENT = bytes(range(256)) * 40
-PATIENCE = 0.2  # seconds: the time-out of the tests that wait for it
+PATIENCE = 0.5  # seconds: the time-out of the tests that wait for it
 
 
 def file_of(content, name="file"):
@@ -221,19 +221,29 @@ FAILURES = {
 }
 
 
+WAITS = ("silence", "stall", "trickle")
+
+
 @pytest.mark.parametrize("case", FAILURES)
 def test_when_a_mirror_fails_the_next_is_tried(server, folder, case):
     answer, reason = FAILURES[case]
-    bad = server.serve("bad", answer(server))
-    notes = get(folder, bad, server.serve("good", CONTENT), timeout=PATIENCE)
+    bad, good = server.serve("bad", answer(server)), server.serve("good", CONTENT)
+    notes = get(folder, bad, good, timeout=PATIENCE if case in WAITS else TIMEOUT)
     assert (folder / "file").read_bytes() == CONTENT
     assert left_in(folder) == ["file"]
-    with pytest.raises(DataError, match=reason) as caught:
-        get(folder / "again", bad, timeout=PATIENCE)
-    assert left_in(folder / "again") == []
-    assert str(caught.value).startswith(f"file could not be downloaded: {bad}: ")
-    assert "\n" not in str(caught.value)
-    assert [note for note in notes if note.startswith(f"{bad}: ")]
+    first, failure, second = notes
+    assert (first, second) == (f"downloading file from {bad}", f"downloading file from {good}")
+    assert re.match(f"{bad}: .*({reason})", failure)
+    assert "\n" not in failure
+
+
+@pytest.mark.parametrize("case", [case for case in FAILURES if case not in WAITS])
+def test_when_every_mirror_fails_nothing_is_left(server, folder, case):
+    answer, reason = FAILURES[case]
+    bad = server.serve("bad", answer(server))
+    with pytest.raises(DataError, match=f"file could not be downloaded: {bad}: .*({reason}).*; {bad}: .*({reason})"):
+        get(folder, bad, bad)
+    assert left_in(folder) == []
 
 
 def test_an_https_redirect_is_followed(server, folder):

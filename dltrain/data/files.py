@@ -23,7 +23,7 @@ from dltrain.registry import Entry
 
 REMEMBERED = ".dltrain-verified.json"  # under the root: digests of the files read so far
 HEADER = 16  # bytes given to the `size` argument of `Source.read`
-UNPUBLISHED_LIMIT = 1 << 30  # bytes: the most that a file which need not be the published one may expand to
+LARGEST = 1 << 30  # bytes: the most that a file may expand to, or have where its header does not say how many
 Size = Callable[[bytes], int]
 NEEDS_NO_DOWNLOAD = "configs/digits_mlp.yaml and configs/digits_cnn.yaml need no download"
 
@@ -183,11 +183,13 @@ class Source:
             with path.open("rb") as opened:
                 status = os.fstat(opened.fileno())
                 if path.suffix == ".gz":
-                    limit = file.limit if published else UNPUBLISHED_LIMIT
+                    limit = file.limit if published else LARGEST
                     content = _expand(path, gzip.GzipFile(fileobj=opened), limit, size)
                 else:
                     content = _load(path, opened, status.st_size, size)
                 unchanged = _version(os.fstat(opened.fileno())) == _version(status)
+        except MemoryError:
+            raise DataError(f"{path}: {path.stat().st_size} bytes do not fit in memory") from None
         except (OSError, EOFError, zlib.error) as error:  # what gzip raises too
             raise DataError(f"{path}: cannot be read: {error}") from None
         self._check(file, path, content, status if unchanged else None)
@@ -197,7 +199,8 @@ class Source:
         root = self._files.root
         key = f"{self.layout.folder}/{path.name}"
         digest = None if self._files.recheck or status is None else _recall(root, key, status)
-        if digest is None or (self._files.verify and digest != file.sha256):  # nothing is refused from memory
+        refused = self._files.verify and file.sha256 not in (None, digest)
+        if digest is None or refused:  # nothing is refused from memory
             digest = hashlib.sha256(content).hexdigest()
             if status is not None:
                 _remember(root, key, status, digest)
@@ -231,8 +234,8 @@ def _load(path: Path, opened: IO[bytes], found: int, size: Size | None) -> bytea
     expected = None if size is None else size(opened.read(HEADER))
     if expected not in (None, found):
         raise DataError(f"{path}: expected {expected} bytes, as its header has it, found {found}")
-    if expected is None and found > UNPUBLISHED_LIMIT:
-        raise DataError(f"{path}: expected at most {UNPUBLISHED_LIMIT} bytes, found {found}")
+    if expected is None and found > LARGEST:
+        raise DataError(f"{path}: expected at most {LARGEST} bytes, found {found}")
     content = bytearray(found)
     opened.seek(0)
     if opened.readinto(content) != found:  # type: ignore[attr-defined]  # every binary file has readinto

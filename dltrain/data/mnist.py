@@ -14,38 +14,18 @@ from dltrain.registry import register
 SIDE = 28  # pixels
 CLASSES = tuple("0123456789")
 
-# http://yann.lecun.com/exdb/mnist; the digests are those of the uncompressed files, however they are gzipped
+# The digests are those of the uncompressed files, however they are gzipped.
+FILES = (
+    File("train-images-idx3-ubyte", 47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    File("train-labels-idx1-ubyte", 60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    File("t10k-images-idx3-ubyte", 7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+    File("t10k-labels-idx1-ubyte", 10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+)
 MNIST = Published(
     title="MNIST",
     train=60_000,
     test=10_000,
-    layouts=(
-        Layout(
-            "MNIST/raw",
-            (
-                File(
-                    "train-images-idx3-ubyte",
-                    47_040_016,
-                    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-                ),
-                File(
-                    "train-labels-idx1-ubyte",
-                    60_008,
-                    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-                ),
-                File(
-                    "t10k-images-idx3-ubyte",
-                    7_840_016,
-                    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-                ),
-                File(
-                    "t10k-labels-idx1-ubyte",
-                    10_008,
-                    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-                ),
-            ),
-        ),
-    ),
+    layouts=(Layout("MNIST/raw", FILES),),
     download=9_912_422 + 28_881 + 1_648_877 + 4_542,
     mirrors=(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",

@@ -61,7 +61,7 @@ def prepare(
 ) -> Prepared:
     """Keeps the classes, then `limit` of the training images, then holds `val` of those out.
 
-    Which images is a function of the seed.  Raises ConfigError where too little is left.
+    Which images is a function of the seed; they stay in the files' order.  Raises ConfigError where too little is left.
     """
     train, test, names = dataset.train, dataset.test, dataset.classes
     if classes is not None:
@@ -69,18 +69,21 @@ def prepare(
         if len(set(numbers)) != len(numbers):
             raise ConfigError(f"data.classes: {list(classes)} names a class twice")
         train, test = (_keep(split, numbers) for split in (train, test))
+        if not len(train) or not len(test):
+            which = "test" if len(train) else "training"
+            raise ConfigError(f"data.classes: the {which} split has no image of {list(classes)}")
         names = tuple(names[number] for number in numbers)
     if limit is not None:
         if limit > len(train):
             raise ConfigError(f"data.limit: {limit} images asked for, the training split has {len(train)}")
-        train = train.subset(torch.randperm(len(train), generator=generator("limit", seed))[:limit])
+        drawn = torch.randperm(len(train), generator=generator("limit", seed))[:limit]
+        train = train.subset(drawn.sort().values)
     held_out = round(val * len(train)) if isinstance(val, float) else val
     if held_out >= len(train) or (val and not held_out):
         raise ConfigError(f"data.val: {val} of {len(train)} training images leaves an empty split")
     kept_out = None
     if held_out:
         order = torch.randperm(len(train), generator=generator("val", seed))
-        # in the files' order, so that gathering a batch by index walks through memory as it would without val
         kept_out = train.subset(order[:held_out].sort().values)
         train = train.subset(order[held_out:].sort().values)
     return Prepared(
