@@ -1,0 +1,18 @@
+"""The README's shell commands, in order: run as a script it prints those of its first block, a line each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks() -> list[list[str]]:
+    """The lines of each ```bash block."""
+    found = re.findall(r"^```bash\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [[line for line in block.splitlines() if line and not line.startswith("#")] for block in found]
+
+
+if __name__ == "__main__":
+    print("\n".join(blocks()[0]))
