@@ -112,7 +112,7 @@ class Board:
         worst = worst_mistakes(shares, test.labels, 25)
         if len(worst):
             captions = [
-                f"{data.classes[guess]} {100 * share:.0f} %\nis {data.classes[label]}"
+                f"{data.classes[guess]} ({100 * share:.0f} %)\nis {data.classes[label]}"
                 for guess, share, label in zip(
                     guesses[worst].tolist(), shares[worst].amax(1).tolist(), test.labels[worst].tolist(), strict=True
                 )
@@ -127,11 +127,11 @@ class Board:
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `optim.lr`: number, text or boolean each, as the hparams view wants them."""
+    """Nested settings as `optim.lr`: number, text or boolean each, as the hparams view wants them; unset ones left out."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:
             flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
     return flat

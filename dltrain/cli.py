@@ -156,7 +156,7 @@ def _dry_run(config: Config, notes: Console, as_json: bool) -> None:
     from dltrain import tables
     from dltrain.dryrun import dry_run
 
-    found = dry_run(config, lambda text: notes.print(text, soft_wrap=True, markup=False, highlight=False))
+    found = dry_run(config, lambda text: tables.say(notes, text))
     if as_json:
         _print_json(found)
     else:

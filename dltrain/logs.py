@@ -13,10 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from dltrain.board import Board
 from dltrain.rundir import RunFolder
 from dltrain.state import Run
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+from dltrain.tables import percent, say
 
 
 class Log:
@@ -33,7 +30,7 @@ class Log:
     def note(self, text: str) -> None:
         """Something a user should know once."""
         if not self.quiet:
-            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+            say(self.console, text)
 
     def begin(self, run: Run) -> AbstractContextManager[Any]:
         """Opens TensorBoard's file and, on a terminal, the progress bar, which the result ends."""

@@ -40,11 +40,11 @@ def cross_entropy(
             "set `loss: bce`, or `model.output: softmax`"
         )
     outputs = _at_least_float32(outputs)
-    weights = None
-    if class_weights is not None:
-        if len(class_weights) != classes:
-            raise ValueError(f"loss.class_weights: expected {classes} weights, one per class, got {len(class_weights)}")
-        weights = _weights(tuple(class_weights), outputs.device, outputs.dtype)
+    if class_weights is None:
+        return F.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+    if len(class_weights) != classes:
+        raise ValueError(f"loss.class_weights: expected {classes} weights, one per class, got {len(class_weights)}")
+    weights = _weights(tuple(class_weights), outputs.device, outputs.dtype)
     total = F.cross_entropy(outputs, targets, weights, label_smoothing=label_smoothing, reduction="sum")
     return total / len(targets)
 

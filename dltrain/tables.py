@@ -11,6 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 
+def say(console: Console, text: str) -> None:
+    """Prints text as it is; a terminal gets it wrapped between words, a file or a pipe in one line."""
+    console.print(text, soft_wrap=not console.is_terminal, markup=False, highlight=False)
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
@@ -25,10 +30,6 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def _line(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
 def result(summary: dict[str, Any], console: Console) -> None:
     """What a run came to, where it is, and what to type next."""
     table = _table("split", "loss", "accuracy")
@@ -41,18 +42,18 @@ def result(summary: dict[str, Any], console: Console) -> None:
         if summary["chosen_by"] == "last"
         else f"epoch {summary['chosen_epoch']}'s, by {summary['chosen_by']}"
     )
-    _line(console, f"weights: {chosen}, of {summary['epochs']} epochs")
-    _line(
+    say(console, f"weights: {chosen}, of {summary['epochs']} epochs")
+    say(
         console,
         f"time: {summary['seconds']:.1f} s training, {summary['seconds_per_epoch']:.3g} s an epoch, "
         f"{summary['images_per_second']:,.0f} images/s",
     )
     if not summary["data_verified"]:
-        _line(console, "data: not verified to be the published files")
-    _line(console, f"run: {summary['run']}")
+        say(console, "data: not verified to be the published files")
+    say(console, f"run: {summary['run']}")
     run = shlex.quote(summary["run"])
-    _line(console, f"next: dltrain eval {run}")
-    _line(
+    say(console, f"next: dltrain eval {run}")
+    say(
         console,
         "      tensorboard --logdir runs" if summary["run"].startswith("runs") else f"      tensorboard --logdir {run}",
     )
@@ -60,9 +61,9 @@ def result(summary: dict[str, Any], console: Console) -> None:
 
 def evaluation(scores: dict[str, Any], console: Console) -> None:
     """A model's scores: the whole, each class, and where the classes go where there is room for it."""
-    _line(console, f"{scores['checkpoint']}, step {scores['step']:,}, weights chosen by {scores['chosen_by']}")
+    say(console, f"{scores['checkpoint']}, step {scores['step']:,}, weights chosen by {scores['chosen_by']}")
     unverified = "" if scores["data_verified"] else " (not verified to be the published files)"
-    _line(console, f"{scores['data']} {scores['split']}: {scores['images']:,} images{unverified}")
+    say(console, f"{scores['data']} {scores['split']}: {scores['images']:,} images{unverified}")
     whole = _table("score", "value")
     whole.add_row("accuracy (top 1)", percent(scores["accuracy"]))
     if scores["top5"] is not None:
@@ -89,7 +90,7 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
             table.add_row(row["class"], *(str(count) if count else "·" for count in counts))
         console.print(table)
     else:
-        _line(console, "confusion matrix: --json has it; TensorBoard shows it")
+        say(console, "confusion matrix: --json has it; TensorBoard shows it")
 
 
 def dry_run(found: dict[str, Any], console: Console) -> None:
@@ -108,13 +109,13 @@ def dry_run(found: dict[str, Any], console: Console) -> None:
     table.add_row("total", "", f"{found['parameters']:,}", f"{found['flops_per_image'] / 1e6:.3f}")
     console.print(table)
     memory = ", ".join(f"{name} {bytes_ / 1e6:,.1f}" for name, bytes_ in found["memory"].items())
-    _line(console, f"estimated memory (MB): {memory}")
+    say(console, f"estimated memory (MB): {memory}")
     verdict = (
         "as expected of a model that knows nothing"
         if found["first_loss_ok"]
         else "look at initialisation and normalisation"
     )
-    _line(
+    say(
         console,
         f"first loss: {found['first_loss']:.4f}; outputs of zero would give {found['expected_loss']:.4f}: {verdict}",
     )
@@ -135,4 +136,4 @@ def data(rows: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table)
     for row in rows:
         if row["folder"]:
-            _line(console, f"{row['name']}: {row['folder']}")
+            say(console, f"{row['name']}: {row['folder']}")

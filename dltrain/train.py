@@ -27,7 +27,8 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     after saving, on SIGINT or SIGTERM.
     """
     setup, config, at, settings = run.setup, run.setup.config, run.progress, run.setup.config.train
-    model, optimizer, placement, sums = setup.model, run.optimizer, setup.placement, run.sums
+    model, optimizer, placement = setup.model, run.optimizer, setup.placement
+    epoch_loss, epoch_correct = run.sums.unbind()  # views
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     base_rates = [group["lr"] for group in optimizer.param_groups]
     batches = Batches(
@@ -54,11 +55,13 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                 for images, labels, share in batches.step(at.epoch, at.step):  # [B, C, H, W], [B], B / step's images
                     with placement.autocast():
                         outputs = model(images)  # [B, outputs]
-                    part = config.loss(outputs, labels) * share
+                    part = config.loss(outputs, labels)
+                    if share != 1:
+                        part = part * share
                     part.backward()
                     loss += part.detach()
-                    sums[1] += (predicted(outputs.detach()) == labels).sum()
-                sums[0] += loss * batches.images_in(at.step)
+                    epoch_correct += (predicted(outputs.detach()) == labels).sum()
+                epoch_loss.add_(loss, alpha=batches.images_in(at.step))
                 norm = _gradient_norm(parameters)
                 healthy = torch.isfinite(loss + norm)
                 if placement.device.type == "cpu" and not healthy:  # elsewhere this waits, so it is asked at log lines
@@ -73,7 +76,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                 if run.global_step % settings.log_every_steps == 0 or epoch_ends:
                     if not healthy:
                         raise _diverged(run, f"the loss is {loss.item()} and the gradient's norm {norm.item()}")
-                    loss_sum, correct = sums.tolist()  # the only place that waits for the device
+                    loss_sum, correct = run.sums.tolist()  # the only place that waits for the device
                     at.epoch_seconds += clock.lap()
                     seen = batches.images_before(at.step)
                     log.step(
@@ -109,7 +112,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                     at.best = Best(value, at.epoch, run.global_step, weights)
             log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
             at.loss_sum, at.correct, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
-            sums.zero_()
+            run.sums.zero_()
         _save(run, folder)
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(dltrain.__file__).parent
 
 # each level imports from those below it alone
 LEVELS = [
-    {"errors", "lazy", "__init__"},
+    {"errors", "lazy", "tables", "__init__"},
     {"registry", "yamlfile"},
     {"data.dataset", "data.download"},
     {"data.files", "models.activations", "models.residual", "losses", "optim", "schedules", "data.augment", "metrics"},
@@ -28,7 +28,7 @@ LEVELS = [
     {"board"},
     {"logs"},
     {"train"},
-    {"runs", "tables"},
+    {"runs"},
     {"dryrun"},
     {"cli"},
     {"__main__"},

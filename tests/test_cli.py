@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -82,8 +83,8 @@ def test_a_dry_run_shows_the_layers_and_keeps_nothing(dltrain: Run) -> None:
     assert found["parameters"] == sum(row["parameters"] for row in found["layers"])
     linear = [row for row in found["layers"] if row["kind"] == "Linear"]
     widths = [64, *(row["output"][0] for row in linear)]
-    assert [row["parameters"] for row in linear] == [(a + 1) * b for a, b in zip(widths, widths[1:], strict=False)]
-    assert [row["flops"] for row in linear] == [2 * a * b for a, b in zip(widths, widths[1:], strict=False)]
+    assert [row["parameters"] for row in linear] == [(a + 1) * b for a, b in itertools.pairwise(widths)]
+    assert [row["flops"] for row in linear] == [2 * a * b for a, b in itertools.pairwise(widths)]
     assert found["flops_per_image"] == sum(row["flops"] for row in linear)
     assert found["memory"]["weights"] == found["memory"]["gradients"] == 4 * found["parameters"]
     assert found["memory"]["total"] == sum(size for name, size in found["memory"].items() if name != "total")
@@ -119,7 +120,7 @@ def test_eval_scores_every_split(dltrain: Run, trained: Path) -> None:
 def test_eval_writes_a_row_an_image(dltrain: Run, trained: Path) -> None:
     done = dltrain("eval", trained / "best.safetensors", "--out", "rows.csv", "--json")
     scores = json.loads(done.out)
-    rows = list(csv.DictReader(Path("rows.csv").open()))
+    rows = list(csv.DictReader(Path("rows.csv").read_text().splitlines()))
     assert len(rows) == scores["images"] == 359
     assert sum(int(row["correct"]) for row in rows) / 359 == scores["accuracy"]
     for row in rows:
@@ -142,7 +143,7 @@ def test_eval_writes_a_row_an_image(dltrain: Run, trained: Path) -> None:
         (["train", "digits_mlp", "--nonsense"], 2, "--nonsense"),
         (["train"], 2, "CONFIG"),
         (["trian", "digits_mlp"], 2, "train"),
-        (["train", "digits_mlp", "--dry-run", "--set", "data={name: mnist, root: nowhere}"], 3, "digits_mlp.yaml"),
+        (["train", "digits_mlp", "-q", "--set", "data={name: mnist, root: nowhere}"], 3, "digits_mlp.yaml"),
         (["eval", "nowhere"], 4, "nowhere"),
         (["eval", "."], 4, "no checkpoint"),
         (["eval", "{run}", "--split", "dev"], 2, "expected train, val or test"),
@@ -243,7 +244,8 @@ def command(*arguments: object, **settings: Any) -> subprocess.Popen[str]:
 
 def test_a_reader_that_goes_away_does_not_stop_a_run(tmp_path: Path) -> None:
     process = command("train", *SMALL, "--out", "run", cwd=tmp_path)
-    assert process.stdout and process.stderr
+    assert process.stdout
+    assert process.stderr
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""

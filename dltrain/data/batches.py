@@ -73,7 +73,7 @@ class Batches:
         """The step's micro-batches: images float32 `[B, C, H, W]`, labels int64 `[B]`, share of the step's images."""
         index = self.order(epoch)[step * self.step_size : (step + 1) * self.step_size]
         for place, part in enumerate(index.split(self.micro_size)):
-            images = self.images[part]
+            images = self.images.index_select(0, part)  # whole images are copied; [part] goes byte by byte
             if self.augment:
                 random = generator("augment", self.seed, epoch, step, place, device=self.device)
                 for augmentation in self.augment:
