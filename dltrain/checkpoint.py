@@ -44,12 +44,16 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     Raises CheckpointError where it is missing, broken, of another kind or of a newer format.
     """
     try:
+        if not path.is_file() and path.exists():  # a named pipe would be waited for
+            raise CheckpointError(f"{path}: not a file; expected a checkpoint file")
         with path.open("rb") as file:
             head = file.read(8)
             size = path.stat().st_size
             _check_sizes(path, head, size)
             header = file.read(struct.unpack("<Q", head)[0])
-            meta = _metadata(path, header)
+            meta, stated = _metadata(path, header)
+            if stated != size:
+                raise CheckpointError(f"{path}: {size} bytes, its header states {stated}: cut off or damaged")
             raw = head + header + file.read()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; expected a checkpoint file") from None
@@ -65,7 +69,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         return safetensors.torch.load(raw), meta
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not readable as safetensors: {error}") from None
+        raise CheckpointError(f"{path}: not readable as safetensors: {str(error).splitlines()[0]}") from None
 
 
 def _check_sizes(path: Path, head: bytes, size: int) -> None:
@@ -80,23 +84,28 @@ def _check_sizes(path: Path, head: bytes, size: int) -> None:
         raise CheckpointError(f"{path}: not a dltrain checkpoint ({kind}); such files are never loaded")
 
 
-def _metadata(path: Path, header: bytes) -> dict[str, Any]:
+def _metadata(path: Path, header: bytes) -> tuple[dict[str, Any], int]:
+    """What `dltrain` says of the file, and the size of the file that the header describes, in bytes."""
     try:
-        meta = json.loads(json.loads(header)["__metadata__"]["dltrain"])
-        version = meta["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        tensors = json.loads(header)
+        meta = json.loads(tensors.pop("__metadata__")["dltrain"])
+        version = int(meta["format"])
+        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: not a dltrain checkpoint: its header has no `dltrain` metadata") from None
     if version != FORMAT:
         raise CheckpointError(
-            f"{path}: format {version!r}; this dltrain reads format {FORMAT}: use the dltrain that wrote it"
+            f"{path}: format {version}; this dltrain reads format {FORMAT}: use the dltrain that wrote it"
         )
-    return dict(meta)
+    return dict(meta), 8 + len(header) + end
 
 
 def check_fit(path: Path, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises CheckpointError where the tensors are not the model's, naming at most five differences."""
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    wanted, found = (
+        {name: f"{tensor.dtype} {list(tensor.shape)}".removeprefix("torch.") for name, tensor in each.items()}
+        for each in (model.state_dict(), tensors)
+    )
     wrong = [
         f"{name}: expected {wanted.get(name, 'none')}, found {found.get(name, 'none')}"
         for name in sorted(wanted.keys() | found.keys())

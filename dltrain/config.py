@@ -7,14 +7,13 @@ valid name.  The checks of a component's settings come from its signature (see r
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_serializer, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 import dltrain.components  # noqa: F401  registers what a config can name
 from dltrain import registry, yamlfile
@@ -27,24 +26,18 @@ from dltrain.registry import (
     PositiveInt,
     Section,
     Settings,
-    known_keys,
+    check_known,
+    most_like,
     nearest,
+    suggest,
 )
 from dltrain.yamlfile import Document, Place
 
 MAX_ERRORS = 5
 
-
-def _name(name: str) -> str:
-    if not re.fullmatch(r"\w[\w.-]{0,99}", name):  # it becomes the name of a folder
-        raise PydanticCustomError("name", "expected letters, digits, '_', '.' and '-'")
-    return name
-
-
-def _device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", device):
-        raise PydanticCustomError("device", "expected auto, cpu, mps, cuda or cuda:N")
-    return device
+NAME = r"^\w[\w.-]{0,99}$"  # a run's name becomes the name of a folder
+CUDA = r"^cuda:[0-9]{1,3}$"
+PATTERNS = {NAME: "letters, digits, '_', '.' and '-', the first a letter, digit or '_', at most 100", CUDA: "cuda:N"}
 
 
 class _Shared(Settings):
@@ -52,21 +45,19 @@ class _Shared(Settings):
 
     source: Annotated[Component, Section("")]
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        written = cls.written()
-        if isinstance(data, str):
-            data = {"name": data}
-        if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-            raise PydanticCustomError(
-                "not_a_section", "expected a name, or settings with `name:`{hint}", written.hint()
-            )
-        entry = written.entry(data["name"], ("name",))
+    def _known_keys(cls, data: Any, handler: Callable[[Any], Any]) -> Any:
+        entry, settings = cls.written().split(data)
         shared = [name for name in cls.model_fields if name != "source"]
-        known_keys(data, ["name", *shared, *entry.arguments.model_fields])
-        split = {key: data[key] for key in shared if key in data}
-        return {**split, "source": {key: data[key] for key in data if key not in shared}}
+
+        def whole(known: Mapping[str, Any]) -> Any:
+            source = {key: value for key, value in known.items() if key not in shared}
+            return handler(
+                {**{key: known[key] for key in shared if key in known}, "source": {"name": entry.name, **source}}
+            )
+
+        return check_known(settings, [*entry.arguments.model_fields, *shared], whole)
 
     @model_serializer
     def _plain(self) -> dict[str, Any]:
@@ -129,13 +120,6 @@ class Descent(Settings):
     batch_size: PositiveInt | None = None
     micro_batch_size: PositiveInt | None = None
 
-    @model_validator(mode="after")
-    def _agrees(self) -> Descent:
-        if self.batch_size is not None and self.variant != "mini-batch":
-            text = "descent.batch_size belongs to variant mini-batch; batch takes all images, stochastic one"
-            raise PydanticCustomError("batch_size", "{text}", {"text": text})
-        return self
-
     def sizes(self, images: int) -> tuple[int, int]:
         """(images in a step, images that go through the model at once) for a training set of `images`."""
         step = {"batch": images, "stochastic": 1, "mini-batch": self.batch_size or 128}[self.variant]
@@ -161,7 +145,7 @@ class Train(Settings):
     """
 
     epochs: PositiveInt = 10
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Literal["auto", "cpu", "mps", "cuda"] | Annotated[str, Field(pattern=CUDA)] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     deterministic: bool = False
@@ -182,9 +166,16 @@ class Config(Settings):
 
     name: what the run is called; default: the file's stem
     seed: where all randomness comes from
+    data: what to train on
+    model: what maps images to outputs
+    loss: what is minimised
+    descent: how many images make one step
+    optim: what a step makes of the gradient
+    schedule: how the learning rate changes over the run
+    train: how long, on which device, and what is kept
     """
 
-    name: Annotated[str, AfterValidator(_name)]
+    name: Annotated[str, Field(pattern=NAME)]
     seed: NonNegativeInt = 0
     data: Data
     model: Model
@@ -193,14 +184,6 @@ class Config(Settings):
     optim: Annotated[Component, Section("optim")]
     schedule: Annotated[Component, Section("schedule")] = _default("schedule", "constant")
     train: Train = Train()
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Config:
-        for key in ("choose_by", "patience_epochs"):
-            if getattr(self.train, key) not in (None, "last") and not self.data.val:
-                text = f"train.{key} needs images to choose by: set data.val, e.g. to 0.1"
-                raise PydanticCustomError(key, "{text}", {"text": text})
-        return self
 
     @property
     def chosen_by(self) -> str:
@@ -212,122 +195,248 @@ class Config(Settings):
         return self.model_dump()
 
     def yaml(self) -> str:
-        return yaml.safe_dump(self.plain(), sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+        return yamlfile.dump(self.plain())
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, overrides and checks a config; raises ConfigError with one line per mistake."""
     document = yamlfile.read(path)
     if isinstance(document.data, dict):
-        document.data.setdefault("name", path.stem)
+        document.data.setdefault("name", _as_name(path.stem))
     return check(document, overrides)
+
+
+def _as_name(stem: str) -> str:
+    stem = "".join(char if char.isalpha() or char.isdecimal() or char in "_.-" else "_" for char in stem)
+    return re.sub(r"^[.-]", "_", stem)[:100]
 
 
 def from_plain(plain: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """A config from what `plain()` gave, e.g. from a checkpoint."""
-    return check(Document(source, copy.deepcopy(dict(plain))), overrides)
+    return check(Document(source, dict(plain)), overrides)
 
 
 def check(document: Document, overrides: Sequence[str] = ()) -> Config:
+    """Applies the overrides and checks everything; raises ConfigError with one line per mistake."""
     if not isinstance(document.data, dict):
         raise ConfigError(f"{document.where(())}: a config is a mapping (key: value), with data, model and optim")
-    places = dict(override(document.data, text) for text in overrides)
     try:
-        return Config.model_validate(document.data)
+        data = copy.deepcopy(document.data)
+        puts = [override(data, text) for text in overrides]
+
+        def where(place: Place) -> str:
+            """The override that put a value there, else its line in the file."""
+            last = next((text for put, text in reversed(puts) if place[: len(put)] == put), None)
+            return last or document.where(place)
+
+        config = Config.model_validate(data)
+    except RecursionError:  # no file nests so deep, but what comes from elsewhere may
+        raise ConfigError(f"{document.source}: nested too deep") from None
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, document, places))) from None
+        mistakes = _mistakes(error, data)
+        places = sorted(mistakes, key=document.line)
+        lines = [f"{where(place)}: {_key(place)}: {_wrong(mistakes[place])}" for place in places[:MAX_ERRORS]]
+        if len(places) > MAX_ERRORS:
+            lines.append(f"{document.source}: and {len(places) - MAX_ERRORS} more")
+    else:
+        lines = [f"{where(place)}: {text}" for place, text in _disagreements(config)]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
+    """Settings that are right, each for itself, but not together."""
+    descent, train = config.descent, config.train
+    if descent.batch_size and descent.variant != "mini-batch":
+        text = "belongs to variant mini-batch (batch takes all images, stochastic one): leave it out, or null"
+        yield ("descent", "batch_size"), f"descent.batch_size: {text}"
+    elif descent.micro_batch_size and descent.variant != "batch" and descent.micro_batch_size > descent.sizes(1)[0]:
+        text = f"expected at most the {descent.sizes(1)[0]} of a step, got {descent.micro_batch_size}"
+        yield ("descent", "micro_batch_size"), f"descent.micro_batch_size: {text}"
+    needs = "needs images to choose by: set data.val, e.g. to 0.1"
+    if train.choose_by not in (None, "last") and not config.data.val:
+        yield ("train", "choose_by"), f"train.choose_by: {needs}"
+    elif train.patience_epochs and not config.data.val:
+        yield ("train", "patience_epochs"), f"train.patience_epochs: {needs}"
+    elif train.patience_epochs and train.choose_by == "last":
+        text = "nothing is better than the last epoch: set train.choose_by to val_accuracy or val_loss"
+        yield ("train", "patience_epochs"), f"train.patience_epochs: {text}"
+    try:
+        config.schedule(0.0, config.train.epochs)
+    except ValueError as error:
+        key = str(error).partition(":")[0].split(".")
+        yield tuple(key) if key[0] == "schedule" else ("schedule",), str(error)
 
 
 def override(data: dict[str, Any], text: str) -> tuple[Place, str]:
-    """Applies `key.key=value` to the data; returns the place and the text for messages."""
+    """Applies `key.key=value` to the data; returns the place of all that it put there, and its name for messages."""
     key, equals, value = text.partition("=")
-    where = f"--set {text}"
-    if not equals or not all(key.split(".")):
+    where = f"--set {_printable(text, 80)}"
+    *path, last = key.strip().split(".")
+    if not equals or not all([*path, last]):
         raise ConfigError(f"{where}: expected key=value, for example optim.lr=0.05")
-    parsed = yamlfile.parse(value, where).data if value.strip() else None
-    parts = key.split(".")
+    try:
+        parsed = yamlfile.parse(value, where).data if value.strip() else None
+    except ConfigError as error:
+        raise ConfigError(where + re.sub("^:[0-9]+", "", str(error).removeprefix(where))) from None
     place: list[str | int] = []
+    put: Place = ()
     node: Any = data
-    for depth, part in enumerate(parts):
-        step: Any = part
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(
-                    f"{where}: {'.'.join(parts[:depth])} is a list of {len(node)}; expected 0..{len(node) - 1}"
-                )
-            step = int(part)
+    for part in path:
+        step = _step(node, part, place, where)
+        child = node.get(step) if isinstance(node, dict) else node[step]
         place.append(step)
-        if depth == len(parts) - 1:
-            node[step] = parsed
-            break
-        child = node[step] if isinstance(node, list) else node.get(step)
         if child is None:
             child = {}
-        elif isinstance(child, str):  # `optim: sgd` is short for `optim: {name: sgd}`, and `- relu` for `- relu: {}`
-            child = {child: {}} if isinstance(node, list) else {"name": child}
+            put = put or tuple(place)
+        elif isinstance(child, str) and len(place) == 1:  # `optim: sgd` is short for `optim: {name: sgd}`
+            child = {"name": child}
+        elif isinstance(child, str) and isinstance(node, list):  # and `- relu` for `- relu: {}`
+            child = {child: {}}
         elif not isinstance(child, dict | list):
-            raise ConfigError(f"{where}: {'.'.join(parts[: depth + 1])} is {child!r} and has nothing below it")
+            raise ConfigError(f"{where}: {_key(place)} is {_short(child)} and has nothing below it; set it whole")
         node[step] = child
         node = child
-    return tuple(place), where
+    step = _step(node, last, place, where)
+    node[step] = parsed
+    return put or (*place, step), where
 
 
-_MESSAGES = {
-    "missing": "missing",
-    "int_type": "expected a whole number",
-    "float_type": "expected a number",
-    "string_type": "expected text",
-    "bool_type": "expected true or false",
-    "list_type": "expected a list",
-    "greater_than": "expected more than {gt}",
-    "greater_than_equal": "expected at least {ge}",
-    "less_than": "expected less than {lt}",
-    "less_than_equal": "expected at most {le}",
-    "literal_error": "expected {expected}",
-    "finite_number": "expected a finite number",
-    "too_short": "expected at least {min_length} items",
-}
+def _step(node: Any, part: str, place: Sequence[str | int], where: str) -> str | int:
+    """The key, or the position in a list, that a part of an override's key means."""
+    if isinstance(node, dict):
+        return part
+    if re.fullmatch("[0-9]{1,6}", part) and int(part) < len(node):
+        return int(part)
+    mend = f"expected 0..{len(node) - 1} after it, got {_short(part)}" if node else "set it whole"
+    raise ConfigError(f"{where}: {_key(place)} is {_short(node)}; {mend}")
 
 
-def _explain(error: ValidationError, document: Document, overrides: Mapping[Place, str]) -> list[str]:
-    """One line for each mistake: where, which key, what is wrong and what was found."""
-    wrong: dict[Place, list[str]] = {}
-    found: dict[Place, str] = {}
-    for line in error.errors(include_url=False):
-        place, value = _place(line["loc"], document.data)
-        if line["type"] == "missing":
-            place = (*place, line["loc"][-1])
-        text = _MESSAGES.get(line["type"], line["msg"]).format(**line.get("ctx", {}))
-        if text not in wrong.setdefault(place, []):
-            wrong[place].append(text)
-        if text.startswith("expected"):
-            found[place] = f", got {_short(value)}"
-        if line["type"] == "literal_error" and isinstance(value, str):
-            found[place] += nearest(value, re.findall(r"'([^']*)'", line["ctx"]["expected"]))
-    lines = []
-    for place, texts in wrong.items():
-        where = next((overrides[place[:end]] for end in range(len(place), 0, -1) if place[:end] in overrides), None)
-        text = " or ".join([texts[0], *(text.removeprefix("expected ") for text in texts[1:])]) + found.get(place, "")
-        key = ".".join(map(str, place))
-        lines.append(f"{where or document.where(place)}: {key + ': ' if key else ''}{text}")
-    if len(lines) > MAX_ERRORS:
-        lines[MAX_ERRORS:] = [f"{document.source}: and {len(lines) - MAX_ERRORS} more mistakes"]
-    return lines
+def _mistakes(error: ValidationError, data: Any) -> dict[Place, list[Any]]:
+    """Pydantic's errors for each mistake; several at one place where a value is nothing that a union would take."""
+    found: dict[Place, list[Any]] = {}
+    for each in error.errors(include_url=False):
+        found.setdefault(_place(each, data), []).append(each)
+    for place in _misspelt(found):
+        found.pop(place, None)
+    return found
 
 
-def _place(loc: Sequence[str | int], data: Any) -> tuple[Place, Any]:
-    """Where in the file pydantic's location points, its own names for unions and the like left out; and the value."""
+def _place(error: Any, data: Any) -> Place:
+    """Where in the data pydantic's location points, its own names for unions and the like left out."""
+    absent = error["type"] in ("missing", "no_name")
     place: list[str | int] = []
-    part: Any
-    for part in loc:
+    for part in error["loc"][:-1] if absent else error["loc"]:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
             data = data[part]
-            place.append(part)
-    return tuple(place), data
+        elif absent and data == part:  # `- conv`, which needs settings
+            data = None
+        else:
+            continue
+        place.append(part)
+    return (*place, error["loc"][-1]) if absent else tuple(place)
+
+
+def _misspelt(found: Mapping[Place, list[Any]]) -> Iterator[Place]:
+    """The places of keys that are not missing: an unknown key beside them is meant to be them."""
+    missing = [place for place, errors in found.items() if errors[0]["type"] == "missing"]
+    unknown = [place for place, errors in found.items() if errors[0]["type"] == "unknown_key"]
+    for place in unknown[:20]:  # a config with more has other worries
+        beside = [str(other[-1]) for other in missing if other[:-1] == place[:-1]]
+        word = str(place[-1])
+        meant = most_like(word, found[place][0]["ctx"]["known"]) or most_like(word, beside, cutoff=0)
+        if meant in beside:
+            yield (*place[:-1], meant)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "not_settings": "settings (key: value)",
+    "not_a_section": "a name, or settings with `name:`",
+    "not_an_item": "one {kind}: its name, or name: settings",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+    "too_short": "a list of at least {min_length}",
+}
+_BRANCHES = {"constrained-int": "a whole number of ", "constrained-float": "a number of "}  # pydantic's, of unions
+
+
+def _wrong(errors: list[Any]) -> str:
+    """What is wrong at one place, in words."""
+    kind, given, facts = errors[0]["type"], errors[0]["input"], errors[0].get("ctx", {})
+    known = facts.get("known", [])
+    match kind:
+        case "missing":
+            return "missing"
+        case "no_name":
+            typo = most_like("name", given, cutoff=0.7)
+            return f"missing; is {_printable(typo)} meant to be it?" if typo else f"missing{suggest('', known)}"
+        case "unknown_key":
+            return f"unknown key{suggest(given, known) or '; there are no settings here'}"
+        case "unknown_name" if isinstance(given, str):
+            return f"unknown {facts['kind']} {_short(given)}{suggest(given, known)}"
+        case "unknown_name":
+            return f"expected the name of one {facts['kind']}, got {_short(given)}{suggest('', known)}"
+        case "no_settings":
+            return f"takes no settings, got {_short(given)}"
+        case "several_keys":
+            keys = ", ".join(map(_printable, given[:4]))
+            mend = "its settings stand below its name, indented further, or as name: {key: value}"
+            return f"expected one {facts['kind']}, got the keys {keys}; {mend}"
+    expected, hint = [], suggest("", known)
+    for each in errors:
+        if each["type"] == "literal_error":
+            expected += [word.strip("'") for word in re.split(", | or ", each["ctx"]["expected"])]
+            hint = nearest(given, expected) if isinstance(given, str) else hint
+        else:
+            expected.append(_expected(each))
+        if each["type"] == "string_type" and isinstance(given, int | float):
+            hint = "; as text, put it in quotes"
+    if "a number" in expected and "a whole number" in expected:
+        expected.remove("a whole number")
+    *most, last = dict.fromkeys(expected)
+    return f"expected {', '.join(most)}{' or ' if most else ''}{last}, got {_short(given)}{hint}"
+
+
+def _expected(error: Any) -> str:
+    """What a value of one type would be."""
+    facts = {key: f"{fact:.15g}" if isinstance(fact, float) else fact for key, fact in error.get("ctx", {}).items()}
+    if error["type"] == "string_pattern_mismatch" and facts["pattern"] in PATTERNS:
+        return PATTERNS[facts["pattern"]]
+    if error["type"] not in _EXPECTED:
+        return str(error["msg"].removeprefix("Input should be "))
+    branch = _BRANCHES.get(error["loc"][-1], "") if error["type"].startswith(("greater", "less")) else ""
+    return branch + _EXPECTED[error["type"]].format(**facts)
+
+
+def _key(place: Sequence[str | int]) -> str:
+    return ".".join(_printable(str(part)) for part in place)
+
+
+def _printable(text: str, most: int = 60) -> str:
+    """One line that a terminal shows as it is."""
+    shown = text if text and text.isprintable() else repr(text)
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def _short(value: Any) -> str:
-    text = {dict: "a mapping", list: "a list", type(None): "nothing", bool: str(value).lower()}.get(
-        type(value), repr(value)
-    )
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    """A value for a message, as YAML has it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{'-' * (value < 0)}.{abs(value)!s}"
+    return _printable(repr(value))

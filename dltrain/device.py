@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dltrain.errors import DeviceError
+from dltrain.errors import ConfigError, DeviceError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Placement:
 
 
 def choose_device(asked: str) -> tuple[torch.device, str]:
-    """The device, and why.  Raises DeviceError where the one asked for is absent."""
+    """The device, and why.  Raises ConfigError where `asked` names none, DeviceError where it is absent."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", asked):
+        raise ConfigError(f"device {asked}: expected auto, cpu, mps, cuda or cuda:N")
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device()), "a CUDA device is here"

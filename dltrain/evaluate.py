@@ -45,10 +45,10 @@ def evaluate(model: nn.Module, split: Split, normalise: Normalise, placement: Pl
         outputs = torch.cat(found)
         labels = split.labels.to(placement.device)
         mean_loss = loss(outputs, labels)
-        accuracy = (predicted(outputs) == labels).float().mean()
+        correct = (predicted(outputs) == labels).sum()
     model.train(training)
-    scores = torch.stack([mean_loss, accuracy]).tolist()  # this waits for the device
-    return Evaluation(scores[0], scores[1], outputs.cpu(), split.labels, perf_counter() - start)
+    accuracy = correct.item() / len(labels)  # this waits for the device
+    return Evaluation(mean_loss.item(), accuracy, outputs.cpu(), split.labels, perf_counter() - start)
 
 
 def predicted(outputs: torch.Tensor) -> torch.Tensor:

@@ -2,104 +2,131 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
-from typing import Any
+import json
+import textwrap
+from collections.abc import Callable, Iterable
 
-from pydantic import BaseModel
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from dltrain import registry
-from dltrain.config import Config, Data, Descent, Model, Train
+from dltrain.config import PATTERNS
 from dltrain.errors import ConfigError
-from dltrain.registry import KINDS, Entry, suggest
-from dltrain.schema import section
+from dltrain.registry import KINDS, suggest
+from dltrain.schema import SECTIONS, Schema, schema, section, summary
 
 HEAD = """# Reference
 
-Every key and component that a config can have, made by `dltrain list --markdown` from their signatures.
+Every key and component that a config can have, written by `dltrain list --markdown` from their signatures.
+
+Under each kind of component stands what a function of that kind takes and gives, for those who add one.
+
+A section that names a component may be written short: `optim: adam` is `optim: {name: adam}`.  A layer, an activation
+and an augmentation are written `relu`, `maxpool: 2` (where one setting is given, the first is meant) or
+`conv: {out: 32, kernel: 5}`.
 """
+WORDS = {"integer": "whole number", "boolean": "`true` or `false`", "string": "text", "null": "`null`"}
+SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
-def describe_type(schema: dict[str, Any]) -> str:
-    """A JSON schema's type in words: `number > 0`, `"same" or "valid"`."""
-    if "anyOf" in schema:
-        return " or ".join(describe_type(each) for each in schema["anyOf"])
-    if "$ref" in schema:
-        return str(schema["$ref"]).rpartition("/")[2]
-    if "enum" in schema:
-        return " or ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    if schema.get("type") == "array":
-        return f"list of {describe_type(schema.get('items', {}))}"
-    words = {"integer": "whole number", "null": "none", "boolean": "true or false", "string": "text"}
-    name = words.get(schema.get("type", ""), schema.get("type", "any"))
-    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
-    return f"{name} {' and '.join(bounds)}".strip()
+def describe_type(found: Schema, kind: Callable[[str], str] = str) -> str:
+    """A JSON schema's type in words: number > 0, `same` or `valid`, list of (whole number >= 0 or text).
+
+    kind: how to write the name of a kind of component
+    """
+    *most, last = _alternatives(found, kind)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
-def arguments(settings: type[BaseModel]) -> Iterable[tuple[str, str, str, str]]:
-    """(name, type, default, documentation) of each setting."""
-    described = section(settings)
-    for name, schema in described["properties"].items():
-        required = name in described.get("required", [])
-        default = schema.get("default")
-        shown = (
-            "required"
-            if required
-            else "none"
-            if default is None
-            else str(default).lower()
-            if isinstance(default, bool)
-            else str(default)
-        )
-        yield name, describe_type(schema), shown, schema.get("description", "")
+def _alternatives(found: Schema, kind: Callable[[str], str]) -> list[str]:
+    if "anyOf" in found:
+        return [words for each in found["anyOf"] for words in _alternatives(each, kind)]
+    if "$ref" in found:  # made by schema.section: #/$defs/layer_item
+        return [kind(found["$ref"].rpartition("/")[2].rpartition("_")[0])]
+    if "enum" in found or "const" in found:
+        return [f"`{each}`" for each in found.get("enum", [found.get("const")])]
+    if found.get("pattern") in PATTERNS:
+        return [PATTERNS[found["pattern"]]]
+    if found.get("type") == "array":
+        items = describe_type(found.get("items", {}), kind)
+        return [f"list of ({items})" if " or " in items else f"list of {items}"]
+    name = found.get("type", "anything")
+    bounds = [f"{sign} {found[key]}" for key, sign in SIGNS.items() if key in found]
+    return [f"{WORDS.get(name, name)} {' and '.join(bounds)}".strip()]
 
 
 def show(kind: str | None, console: Console) -> None:
-    """Prints one kind, or all."""
+    """Prints the components of one kind, or of all, with their arguments."""
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"no kind of component is called '{kind}'{suggest(kind, KINDS)}")
     for each in [kind] if kind else KINDS:
-        table = Table(box=box.SIMPLE_HEAD, title=each, title_justify="left", pad_edge=False)
-        for column in ("name", "argument", "type", "default", "what it is"):
-            table.add_column(column, overflow="fold")
+        _print(console, f"{each}: {_title(each)}", 0, "bold underline")
         for entry in registry.entries(each):
-            table.add_row(f"[bold]{entry.name}[/bold]", "", "", "", entry.summary)
-            for name, type_, default, text in arguments(entry.arguments):
-                table.add_row("", name, type_, default, text)
-        console.print(table)
+            console.print()
+            _print(console, entry.name, 0, "bold")
+            _print(console, entry.summary, 2)
+            for name, found, default in _settings(section(entry.arguments)):
+                _print(console, f"{name}: {describe_type(found)}; {default}", 4)
+                _print(console, found.get("description", ""), 8, "dim")
+        console.print()
+
+
+def _print(console: Console, text: str, indent: int, style: str = "") -> None:
+    margin = " " * indent
+    wrapped = textwrap.fill(
+        text, max(console.width, 30), initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )
+    console.print(Text(wrapped, style), soft_wrap=True)
+
+
+def _settings(described: Schema) -> Iterable[tuple[str, Schema, str]]:
+    """(name, JSON schema, `required` or the default as a config would have it) of each setting."""
+    for name, found in described["properties"].items():
+        default = found.get("default")
+        shown = default if isinstance(default, str) else json.dumps(default)
+        if name in described.get("required", []):
+            yield name, found, "required"
+        else:
+            yield name, found, f"default `{shown}`" if "default" in found else ""
 
 
 def markdown() -> str:
     """The whole reference as docs/reference.md has it."""
-    parts = [HEAD, "## The config\n"]
-    for title, settings in (("", Config), ("data", Data), ("model", Model), ("descent", Descent), ("train", Train)):
-        parts.append(f"### {title or 'top level'}\n\n{_first_line(settings)}\n")
-        parts.append(_table(settings))
+    whole = schema()
+    for name in SECTIONS:
+        text = whole["properties"][name]["description"]
+        whole["properties"][name] = {"type": f"[settings](#{name})", "description": text}
+    parts = [HEAD, "## The config\n", _table(whole)]
+    for name, settings in SECTIONS.items():
+        parts.append(f"### `{name}`\n\n{summary(settings)}\n")
+        if name in KINDS:
+            parts.append(f"Besides its own settings, each of the {_link(name, _title(name))} has these:\n")
+        parts.append(_table(section(settings)))
     for kind, signature in KINDS.items():
-        parts.append(f"## {kind}\n\n{signature[0].upper()}{signature[1:]}.\n")
-        parts += [_entry(entry) for entry in registry.entries(kind)]
+        parts.append(f"## {_title(kind).capitalize()}\n\nKind `{kind}`: {signature.partition(': ')[2]}.\n")
+        for entry in registry.entries(kind):
+            parts.append(f"### `{entry.name}`\n\n{entry.summary}\n")
+            parts += [_table(section(entry.arguments))] if entry.arguments.model_fields else []
     return "\n".join(parts)
 
 
-def _first_line(settings: type[BaseModel]) -> str:
-    return (inspect.getdoc(settings) or "").split("\n\n")[0]
+def _title(kind: str) -> str:
+    """What components of a kind are called: optim -> optimizers."""
+    return KINDS[kind].partition(":")[0]
 
 
-def _entry(entry: Entry) -> str:
-    head = f"### `{entry.name}`\n\n{entry.summary}\n"
-    return f"{head}\n{_table(entry.arguments)}" if entry.arguments.model_fields else head
+def _link(kind: str, text: str | None = None) -> str:
+    return f"[{text or kind}](#{_title(kind).replace(' ', '-')})"
 
 
-def _table(settings: type[BaseModel]) -> str:
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
-    rows += [
-        f"| `{name}` | {type_} | {default} | {text} |".replace("| none | none |", "| none | |")
-        for name, type_, default, text in arguments(settings)
-    ]
+def _table(described: Schema) -> str:
+    rows = ["| key | type | default | what it is |", "|---|---|---|---|"]
+    for name, found, default in _settings(described):
+        cells = [
+            f"`{name}`",
+            describe_type(found, _link),
+            default.removeprefix("default "),
+            found.get("description", ""),
+        ]
+        rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     return "\n".join(rows) + "\n"

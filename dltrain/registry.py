@@ -19,12 +19,21 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from functools import cached_property
+from typing import Annotated, Any, LiteralString, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from dltrain.errors import ConfigError
@@ -33,7 +42,7 @@ KINDS = {
     "data": "data sets: `(files) -> Dataset`",
     "augmentation": "augmentations: `(images, random) -> images`, both uint8 `[B, C, H, W]`",
     "model": "models: `(shape, outputs) -> nn.Module`, from `[B, *shape]` to `[B, outputs]`",
-    "layer": "layers of a layer list: `(shape, outputs) -> nn.Module`",
+    "layer": "layers: `(shape, outputs) -> nn.Module`",
     "activation": "activations: `(shape, outputs) -> nn.Module`",
     "loss": "losses: `(outputs, targets) -> scalar`",
     "optim": "optimizers: `(params) -> torch.optim.Optimizer`",
@@ -48,10 +57,17 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+def most_like(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The candidate that is most like `word`, whatever the case of its letters; None where none is."""
+    lower = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=cutoff)
+    return lower[near[0]] if near else None
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """`; did you mean 'x'?` with the candidate that is most like `word`, or nothing where none is."""
-    near = difflib.get_close_matches(str(word), list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    near = most_like(word, candidates)
+    return f"; did you mean '{near}'?" if near else ""
 
 
 def suggest(word: str, candidates: Iterable[str]) -> str:
@@ -65,33 +81,37 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        known_keys(data, cls.model_fields)
-        return data
+    def _known_keys(cls, data: Any, handler: Callable[[Any], Any]) -> Any:
+        if not isinstance(data, Mapping):
+            raise PydanticCustomError("not_settings", "expected settings")
+        return check_known(data, list(cls.model_fields), handler)
 
 
-def known_keys(data: Any, known: Iterable[str]) -> None:
-    """Raises a ValidationError that names each key of `data` that is not known, with the nearest that is."""
-    if not isinstance(data, Mapping):
-        raise PydanticCustomError("not_a_mapping", "expected settings as key: value")
-    known = list(known)
+def check_known(data: Mapping[str, Any], known: list[str], handler: Callable[[Any], Any]) -> Any:
+    """What `handler` makes of the data; raises ValidationError for its unknown keys and whatever is wrong besides."""
     unknown = [key for key in data if key not in known]
-    if unknown:
-        free = [name for name in known if name not in data]
-        hints = {key: nearest(key, known) or suggest(key, free) for key in unknown}
-        raise ValidationError.from_exception_data(
-            "settings",
-            [
-                InitErrorDetails(
-                    type=PydanticCustomError("unknown_key", "unknown key{hint}", {"hint": hints[key]}),
-                    loc=(key,),
-                    input=data[key],
-                )
-                for key in unknown
-            ],
-        )
+    if not unknown:
+        return handler(data)
+    lines = [mistake("unknown_key", (key,), key, known=known) for key in unknown]
+    try:
+        handler({key: value for key, value in data.items() if key in known})
+    except ValidationError as error:
+        lines += [
+            InitErrorDetails(
+                type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")),
+                loc=line["loc"],
+                input=line["input"],
+            )
+            for line in error.errors(include_url=False)[:100]  # more help nobody, and cost time at each level above
+        ]
+    raise ValidationError.from_exception_data("settings", lines)
+
+
+def mistake(error: LiteralString, place: tuple[str, ...], value: Any, **facts: Any) -> InitErrorDetails:
+    """One error for a ValidationError; `config` has the words for each."""
+    return InitErrorDetails(type=PydanticCustomError(error, error, facts), loc=place, input=value)
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,11 @@ class Entry:
     def required(self) -> list[str]:
         return [name for name, field in self.arguments.model_fields.items() if field.is_required()]
 
+    @cached_property
+    def below_name(self) -> TypeAdapter[dict[str, Settings]]:
+        """Checks `{name: arguments}`, so that the places of its errors have the name too."""
+        return TypeAdapter(dict[str, self.arguments])  # type: ignore[name-defined]
+
 
 _entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
@@ -115,7 +140,8 @@ _entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 def register(kind: str, name: str | None = None, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a component under its own name, or `name`.
 
-    Raises ValueError where the kind is unknown, the name is taken, or an argument has no annotation.
+    Raises ValueError where the kind is unknown, the name is taken, an argument has no annotation or is called `name`,
+    which in a section of the config says which component it is.
     """
     if kind not in KINDS:
         raise ValueError(f"no kind of component is called {kind!r}{suggest(kind, KINDS)}")
@@ -142,7 +168,7 @@ def _keyword_arguments(factory: Callable[..., Any]) -> Iterable[tuple[str, Any, 
     Only these annotations are evaluated: evaluating a `torch.Tensor` among the others would import torch.
     """
     function = inspect.unwrap(factory.__init__ if inspect.isclass(factory) else factory)
-    names = getattr(function, "__globals__", vars(sys.modules[factory.__module__]))
+    names = getattr(function, "__globals__", {})  # what an __init__ that a class inherits from C has none of
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             raise ValueError(f"{factory.__qualname__}: **{parameter.name} hides its arguments: name each")
@@ -150,6 +176,8 @@ def _keyword_arguments(factory: Callable[..., Any]) -> Iterable[tuple[str, Any, 
             continue
         if parameter.annotation is inspect.Parameter.empty:
             raise ValueError(f"{factory.__qualname__}: argument {parameter.name!r} needs a type annotation")
+        if parameter.name == "name":
+            raise ValueError(f"{factory.__qualname__}: an argument cannot be called 'name'")
         hints = get_type_hints(
             type("Hints", (), {"__annotations__": {parameter.name: parameter.annotation}}),
             globalns=dict(names),
@@ -206,7 +234,10 @@ class Component:
 
 def component(entry: Entry, arguments: Mapping[str, Any]) -> Component:
     """Checks the arguments against the signature; raises pydantic's ValidationError."""
-    checked = entry.arguments.model_validate(dict(arguments))
+    return _component(entry, entry.arguments.model_validate(dict(arguments)))
+
+
+def _component(entry: Entry, checked: Settings) -> Component:
     return Component(entry.kind, entry.name, {name: getattr(checked, name) for name in entry.arguments.model_fields})
 
 
@@ -223,7 +254,7 @@ class _Written:
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {f"x-{type(self).__name__}": list(self.kinds)}  # config.schema() replaces this by a reference
+        return {f"x-{type(self).__name__}": list(self.kinds)}  # schema.section() replaces this by a reference
 
     def read(self, value: Any) -> Component:
         raise NotImplementedError
@@ -231,31 +262,36 @@ class _Written:
     def write(self, value: Component) -> Any:
         raise NotImplementedError
 
-    def entry(self, name: str, place: tuple[str, ...] = ()) -> Entry:
-        try:
-            return find(name, *self.kinds)
-        except KeyError as error:
-            unknown = PydanticCustomError("unknown_name", "{text}", {"text": error.args[0]})
-            line = InitErrorDetails(type=unknown, loc=place, input=name)
-            raise ValidationError.from_exception_data("component", [line]) from None
+    def entry(self, name: Any, place: tuple[str, ...] = ()) -> Entry:
+        for kind in self.kinds:
+            if isinstance(name, str) and name in _entries[kind]:
+                return _entries[kind][name]
+        raise self.wrong("unknown_name", place, name)
+
+    def wrong(self, error: LiteralString, place: tuple[str, ...], value: Any) -> ValidationError:
+        line = mistake(error, place, value, kind=self.kinds[0], known=names(*self.kinds))
+        return ValidationError.from_exception_data("component", [line])
 
 
 class Section(_Written):
     """A component that has a section of its own: `sgd`, or `{name: sgd, lr: 0.1}`."""
 
     def read(self, value: Any) -> Component:
+        entry, arguments = self.split(value)
+        return component(entry, arguments)
+
+    def split(self, value: Any) -> tuple[Entry, dict[str, Any]]:
+        """The component that a section names, and its other settings."""
         if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise PydanticCustomError("not_a_section", "expected a name, or settings with `name:`{hint}", self.hint())
-        entry = self.entry(value["name"], ("name",))
-        return component(entry, {key: value[key] for key in value if key != "name"})
+            return self.entry(value), {}
+        if not isinstance(value, Mapping):
+            raise self.wrong("not_a_section", (), value)
+        if "name" not in value:
+            raise self.wrong("no_name", ("name",), list(value))
+        return self.entry(value["name"], ("name",)), {key: value[key] for key in value if key != "name"}
 
     def write(self, value: Component) -> Any:
         return {"name": value.name, **value.plain()}
-
-    def hint(self) -> dict[str, str]:
-        return {"hint": suggest("", names(*self.kinds))}
 
 
 class Item(_Written):
@@ -263,10 +299,11 @@ class Item(_Written):
 
     def read(self, value: Any) -> Component:
         if isinstance(value, str):
-            return component(self.entry(value), {})
-        if not isinstance(value, Mapping) or len(value) != 1:
-            kind = self.kinds[0]
-            raise PydanticCustomError("not_an_item", "expected one {kind}: its name, or name: settings", {"kind": kind})
+            value = {value: None}
+        if not isinstance(value, Mapping) or not value:
+            raise self.wrong("not_an_item", (), value)
+        if len(value) > 1:
+            raise self.wrong("several_keys", (), list(value))
         ((name, arguments),) = value.items()
         entry = self.entry(name)
         first = next(iter(entry.arguments.model_fields), None)
@@ -274,30 +311,14 @@ class Item(_Written):
             arguments = {}
         elif not isinstance(arguments, Mapping):
             if first is None:
-                raise PydanticCustomError("no_arguments", "{name} takes no settings", {"name": name})
+                raise self.wrong("no_settings", (name,), arguments)
             arguments = {first: arguments}
-        try:
-            return component(entry, arguments)
-        except ValidationError as error:
-            raise _below(name, error) from None
+        return _component(entry, entry.below_name.validate_python({name: arguments})[name])
 
     def write(self, value: Component) -> Any:
         return {value.name: value.plain()} if value.args else value.name
 
 
-def _below(key: str, error: ValidationError) -> ValidationError:
-    """The same errors, their places given below `key`."""
-    lines = [
-        InitErrorDetails(
-            type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")),
-            loc=(key, *line["loc"]),
-            input=line["input"],
-        )
-        for line in error.errors(include_url=False)
-    ]
-    return ValidationError.from_exception_data(error.title, lines)
-
-
 Activation = Annotated[Component, Item("activation")]
-Layers = list[Annotated[Component, Item("layer", "activation")]]
+Layers = Annotated[list[Annotated[Component, Item("layer", "activation")]], Field(min_length=1)]
 Augmentations = list[Annotated[Component, Item("augmentation")]]

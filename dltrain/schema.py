@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema
 
 from dltrain import registry
-from dltrain.config import Config, Data, Model
-from dltrain.registry import KINDS, Entry
+from dltrain.config import Config, Data, Descent, Model, Train
+from dltrain.registry import KINDS, Component, Entry
 
 Schema = dict[str, Any]
-SHARED: dict[str, type[BaseModel]] = {
-    "data": Data,
-    "model": Model,
-}  # sections whose settings are partly the component's own
+# those of data and model are partly the component's own
+SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "model": Model, "descent": Descent, "train": Train}
 
 
 def schema() -> Schema:
     """JSON schema (draft 2020-12) of a whole config."""
     whole = section(Config)
+    whole["required"].remove("name")  # default: the file's stem
+    for name, settings in SECTIONS.items():
+        found: Schema = {"$ref": f"#/$defs/{name}_section"} if name in KINDS else section(settings)
+        whole["properties"][name] = {**found, "description": whole["properties"][name]["description"]}
     definitions: dict[str, Schema] = {}
     for kind in KINDS:
         entries = registry.entries(kind)
-        definitions[f"{kind}_item"] = {"anyOf": [_names(entries), *map(_item, entries)]}
-        definitions[f"{kind}_section"] = {"anyOf": [_names(entries), *(_section(kind, entry) for entry in entries)]}
-    whole["required"] = [name for name in whole["required"] if name != "name"]  # default: the file's stem
-    for kind in SHARED:
-        whole["properties"][kind] = {"$ref": f"#/$defs/{kind}_section"}
+        short: Schema = {"enum": [entry.name for entry in entries if not entry.required()]}
+        if kind in Config.model_fields:
+            definitions[f"{kind}_section"] = {"anyOf": [short, *(_section(entry) for entry in entries)]}
+        else:
+            definitions[f"{kind}_item"] = {"anyOf": [short, *(_item(entry) for entry in entries)]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dltrain config",
@@ -37,18 +39,41 @@ def schema() -> Schema:
     }
 
 
+def summary(settings: type[BaseModel]) -> str:
+    return registry.read_docstring(inspect.getdoc(settings) or "")[0]
+
+
 def section(settings: type[BaseModel]) -> Schema:
-    """The schema of some settings: references to components point to the definitions that `schema` makes."""
-    found = settings.model_json_schema(schema_generator=GenerateJsonSchema)
+    """The schema of some settings: references to components point to the definitions that `schema` makes.
+
+    Of a section that names a component it has the settings that all its components share.
+    """
+    found = settings.model_json_schema()
     local = found.pop("$defs", {})
     resolved: Schema = _resolve(found, local)
-    resolved.pop("description", None)
-    documented = registry.read_docstring(settings.__doc__ or "")[1]
-    for name, each in resolved.setdefault("properties", {}).items():
+    for key in ("title", "description"):
+        resolved.pop(key, None)
+    documented = registry.read_docstring(inspect.getdoc(settings) or "")[1]
+    resolved.setdefault("properties", {}).pop("source", None)
+    if "source" in resolved.get("required", []):
+        resolved.pop("required")
+    for name, each in resolved["properties"].items():
         each.pop("title", None)
+        each.pop("default", None)
+        default = settings.model_fields[name].get_default(call_default_factory=True)
+        if not settings.model_fields[name].is_required() and not isinstance(default, BaseModel):
+            each["default"] = _plain(default)
         if name in documented:
             each["description"] = documented[name]
     return {"type": "object", "additionalProperties": False, **resolved}
+
+
+def _plain(default: Any) -> Any:
+    """A default as a config would have it."""
+    if not isinstance(default, Component):
+        return default
+    bare = registry.component(registry.find(default.name, default.kind), {})
+    return default.name if default.plain() == bare.plain() else registry.Item(default.kind).write(default)
 
 
 def _resolve(node: Any, local: Schema) -> Any:
@@ -67,14 +92,12 @@ def _resolve(node: Any, local: Schema) -> Any:
     return {key: _resolve(value, local) for key, value in node.items()}
 
 
-def _names(entries: list[Entry]) -> Schema:
-    """The short form, for those that need no settings."""
-    return {"enum": [entry.name for entry in entries if not entry.required()]}
-
-
 def _item(entry: Entry) -> Schema:
     arguments = section(entry.arguments)
-    forms = [arguments, *list(arguments["properties"].values())[:1]]
+    forms = [arguments]
+    first = next(iter(arguments["properties"]), None)
+    if first and set(entry.required()) <= {first}:
+        forms.append(arguments["properties"][first])
     if not entry.required():
         forms.append({"type": "null"})
     return {
@@ -85,10 +108,9 @@ def _item(entry: Entry) -> Schema:
     }
 
 
-def _section(kind: str, entry: Entry) -> Schema:
-    shared = dict(section(SHARED[kind])["properties"]) if kind in SHARED else {}
-    shared.pop("source", None)
+def _section(entry: Entry) -> Schema:
     arguments = section(entry.arguments)
+    shared = section(SECTIONS[entry.kind])["properties"] if entry.kind in SECTIONS else {}
     return {
         "type": "object",
         "description": entry.summary,

@@ -14,6 +14,7 @@ from dltrain import checkpoint
 from dltrain.build import Setup
 from dltrain.device import bits_depend_on, environment
 from dltrain.errors import CheckpointError
+from dltrain.registry import Component
 
 Tensors = dict[str, torch.Tensor]
 
@@ -101,28 +102,44 @@ class Run:
 
     def restore(self, path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None:
         """Puts everything where the checkpoint has it.  Raises CheckpointError where it does not fit."""
-        model, device = self.setup.model, self.setup.placement.device
-        groups = {"model": {}, "optim": {}, "best": {}, "rng": {}, "sums": {}}  # type: dict[str, Tensors]
-        for name, tensor in tensors.items():
-            group, _, rest = name.partition(".")
-            groups.setdefault(group, {})[rest] = tensor
         if "progress" not in meta:
             raise CheckpointError(f"{path}: holds weights to evaluate, not a run to go on with")
+        try:
+            self._restore(path, tensors, meta)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            first_line, _, _ = str(error).partition("\n")
+            reason = f"{type(error).__name__}: {first_line}"
+            raise CheckpointError(f"{path}: does not hold the whole state of a run ({reason})") from error
+
+    def _restore(self, path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None:
+        model, device = self.setup.model, self.setup.placement.device
+        groups: dict[str, Tensors] = {"model": {}, "optim": {}, "best": {}, "rng": {}, "sums": {}}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(".")
+            groups[group][rest] = tensor
         checkpoint.check_fit(path, model, groups["model"])
-        written = meta["optimizer"]
-        if written["class"] != type(self.optimizer).__name__:
-            text = f"the state of {written['class']}, the config's optimizer is {type(self.optimizer).__name__}"
+        if groups["best"]:
+            checkpoint.check_fit(path, model, groups["best"])
+        classes, written, own_class = self.setup.data.classes, meta["optimizer"], type(self.optimizer).__name__
+        if tuple(meta["classes"]) != classes:
+            raise CheckpointError(f"{path}: was trained on the classes {meta['classes']}, the data has {list(classes)}")
+        if written["class"] != own_class:
+            text = f"the state of {written['class']}, the config's optimizer is {own_class}"
             raise CheckpointError(f"{path}: holds {text}")
         model.load_state_dict(groups["model"])
         state: dict[int, dict[str, Any]] = {}
-        for index, (name, _) in enumerate(model.named_parameters()):
+        for index, (name, parameter) in enumerate(model.named_parameters()):
             own = {
-                key.removeprefix(f"{name}."): tensor
+                key.removeprefix(f"{name}."): _laid_out_as(parameter, tensor)
                 for key, tensor in groups["optim"].items()
                 if key.rpartition(".")[0] == name
             }
             if own or name in written["scalars"]:
                 state[index] = own | written["scalars"].get(name, {})
+        needed = _state_keys(self.setup.config.optim)
+        if lacking := {key for own in state.values() for key in needed - own.keys()}:
+            text = f"of {own_class}'s state, which these settings of optim need: resume with those it was started with"
+            raise CheckpointError(f"{path}: holds no {', '.join(sorted(lacking))} {text}")
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.sums.copy_(tensors["sums"])
         self.progress = Progress(**meta["progress"])
@@ -132,6 +149,27 @@ class Run:
                 **meta["best"], weights={name: tensor.to(device) for name, tensor in weights.items()}
             )
         _set_rng_states(device, groups["rng"])
+
+
+def _state_keys(optim: Component) -> set[str]:
+    """What the optimizer keeps of a parameter, found by a step of a trial parameter."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer: torch.optim.Optimizer = optim([parameter])
+    optimizer.step()
+    return set(optimizer.state[parameter])
+
+
+def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the parameter's strides: fused optimizers walk both in the order of memory and compare neither.
+
+    A step count, which has no dimensions, stays as it is.
+    """
+    if not tensor.ndim:
+        return tensor
+    if tensor.shape != parameter.shape:
+        raise ValueError(f"optimizer state {list(tensor.shape)} of a parameter {list(parameter.shape)}")
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def _rng_states(device: torch.device) -> Tensors:

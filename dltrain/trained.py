@@ -7,14 +7,15 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import nn
 
 from dltrain import checkpoint, rundir
 from dltrain import config as configs
-from dltrain.build import build_model, load_data
+from dltrain.build import build_model, load_data, outputs_of
 from dltrain.config import Config
 from dltrain.data.batches import Normalise
 from dltrain.data.prepare import Normalisation
@@ -22,9 +23,35 @@ from dltrain.device import Placement, place
 from dltrain.errors import CheckpointError, ConfigError
 from dltrain.evaluate import Evaluation, evaluate, predicted, probabilities
 from dltrain.metrics import classification
+from dltrain.registry import NonNegativeInt, Positive, PositiveInt
 
 MAX_PIXELS = 1 << 24  # of an image, as a checkpoint states its shape
-MAX_CLASSES = 1 << 20
+
+
+class _Pixels(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    mean: list[FiniteFloat]
+    std: list[Positive]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    files: dict[str, str]
+
+
+class _Meta(BaseModel):
+    """What of a checkpoint's metadata its model needs; docs/checkpoint.md describes all of it."""
+
+    model_config = ConfigDict(strict=True)
+
+    step: NonNegativeInt
+    config: dict[str, Any]
+    classes: Annotated[list[str], Field(min_length=2, max_length=1 << 20)]
+    shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+    normalisation: _Pixels
+    data: _Data
 
 
 @dataclass(frozen=True)
@@ -57,30 +84,27 @@ def find_checkpoint(path: Path) -> Path:
 def load(path: Path, device: str = "auto") -> Trained:
     """Reads a checkpoint file or a run's folder.  Raises CheckpointError where it is not usable; runs nothing of it."""
     path = find_checkpoint(path)
-    tensors, meta = checkpoint.read(path)
+    tensors, found = checkpoint.read(path)
     try:
-        config = configs.from_plain(meta["config"], str(path))
-        classes = tuple(str(name) for name in meta["classes"])
-        channels, height, width = (int(size) for size in meta["shape"])
-        normalisation = Normalisation(
-            **{key: [float(x) for x in meta["normalisation"][key]] for key in ("mean", "std")}
-        )
-        files = {str(name): str(digest) for name, digest in meta["data"]["files"].items()}
-        step = int(meta["step"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata is incomplete: {type(error).__name__} {error}") from None
-    except ConfigError as error:
+        meta = _Meta.model_validate(found)
+        config = configs.from_plain(meta.config, str(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(f"{path}: its metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ConfigError, RecursionError) as error:
         raise CheckpointError(f"{path}: its config is not valid here: {str(error).splitlines()[0]}") from None
-    pixels = channels * height * width
-    sane = min(channels, height, width) > 0 and pixels <= MAX_PIXELS and 2 <= len(classes) <= MAX_CLASSES
-    if not sane or {len(normalisation.mean), len(normalisation.std)} != {channels}:
-        raise CheckpointError(f"{path}: its metadata states an impossible shape, number of classes or normalisation")
+    channels, height, width = meta.shape
+    normalisation = Normalisation(meta.normalisation.mean, meta.normalisation.std)
+    if channels * height * width > MAX_PIXELS or {len(normalisation.mean), len(normalisation.std)} != {channels}:
+        raise CheckpointError(f"{path}: its metadata states an impossible shape or normalisation")
+    classes = tuple(meta.classes)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     try:
         with torch.device("meta"):  # no memory is taken until the shapes are known to be the file's
             model = build_model(config, (channels, height, width), len(classes))
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: its config builds no model: {error}") from None
+        config.loss.build(torch.zeros(2, outputs_of(config, len(classes))), torch.zeros(2, dtype=torch.int64))
+    except (ConfigError, RuntimeError, TypeError, ValueError) as error:  # torch's, for sizes that overflow
+        raise CheckpointError(f"{path}: its config builds no model: {str(error).splitlines()[0]}") from None
     checkpoint.check_fit(path, model, weights)
     model.load_state_dict(weights, assign=True)
     placement = place(device, config.train.precision, config.train.memory_format, model)
@@ -88,7 +112,7 @@ def load(path: Path, device: str = "auto") -> Trained:
     model.eval()
     normalise = Normalise(normalisation, placement.device, placement.memory_format)
     shape = (channels, height, width)
-    return Trained(path, config, model, classes, shape, normalise, placement, files, step)
+    return Trained(path, config, model, classes, shape, normalise, placement, meta.data.files, meta.step)
 
 
 def judge(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dltrain.lazy import nn
 from dltrain.models.activations import Shape
-from dltrain.models.layers import sequence, shape_after, show
+from dltrain.models.layers import sequence, shape_after, show, written_out
 from dltrain.registry import Layers, register
+
+MAX_LAYERS = 10_000  # a few bytes of `repeat` in `repeat` can ask for any number
 
 
 @register("model")
@@ -14,9 +16,12 @@ def cnn(shape: Shape, outputs: int, *, layers: Layers) -> nn.Module:
 
     layers: what an image goes through; the last must give as many numbers as the model has outputs
     """
+    if written_out(layers) > MAX_LAYERS:
+        raise ValueError(f"more than {MAX_LAYERS:,} layers once each `repeat` is written out")
     model = sequence(shape, outputs, layers)
     after = shape_after(model, shape)
     if after != (outputs,):
-        text = f"the layers end with {show(after)} numbers, the model needs {outputs}; end with `- linear: classes`"
-        raise ValueError(text)
+        last = f"layer {len(layers) - 1} ({layers[-1].name})"
+        text = f"ends with {show(after)} numbers, the model needs {outputs}; end with `- linear: classes`"
+        raise ValueError(f"{last} {text}")
     return model

@@ -34,7 +34,10 @@ def sequence(shape: Shape, outputs: int, layers: Sequence[Component]) -> nn.Sequ
 
 
 def shape_after(module: nn.Module, shape: Shape) -> Shape:
-    """The shape of what the module makes of one input of that shape.  Raises RuntimeError where it does not fit."""
+    """The shape of what the module makes of one input of that shape.
+
+    Raises RuntimeError where it does not fit, or would leave nothing of it.
+    """
     training = module.training
     module.eval()
     try:
@@ -42,9 +45,15 @@ def shape_after(module: nn.Module, shape: Shape) -> Shape:
             result: Shape = tuple(module(torch.zeros(1, *shape)).shape[1:])
     finally:
         module.train(training)
-    if 0 in result:
-        raise ValueError(f"nothing is left of {show(shape)}")
     return result
+
+
+def written_out(layers: Sequence[Component]) -> int:
+    """How many layers there are once each `repeat` is written out."""
+    return sum(
+        layer.args.get("times", 1) * written_out(layer.args["layers"]) if "layers" in layer.args else 1
+        for layer in layers
+    )
 
 
 def show(shape: Shape) -> str:
