@@ -3,7 +3,8 @@
     python benchmarks/shipped_configs.py --seeds 3 mnist_mlp mnist_cnn
     python benchmarks/shipped_configs.py --seeds 1 cifar10_cnn --set data.verify=false
 
-Runs `dltrain train` for each seed as a process of its own, from its start to its exit.  The data must be in the data root.
+Runs `dltrain train` for each seed as a process of its own, from its start to its exit.  The data must be in the data
+root.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ def run(name: str, seed: int, settings: list[str]) -> tuple[dict[str, Any], floa
     """The run's summary and the seconds of the whole command."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"--set={setting}" for setting in (f"seed={seed}", *settings)]
-        command = [sys.executable, "-m", "dltrain", "train", name, "--json", "--quiet", "--out", str(Path(folder) / "run")]
+        command = [
+            sys.executable,
+            "-m",
+            "dltrain",
+            "train",
+            name,
+            "--json",
+            "--quiet",
+            "--out",
+            str(Path(folder) / "run"),
+        ]
         start = perf_counter()
         done = subprocess.run([*command, *overrides], check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout), perf_counter() - start

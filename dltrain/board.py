@@ -127,7 +127,7 @@ class Board:
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `optim.lr`: number, text or boolean each, as the hparams view wants them; unset ones left out."""
+    """Settings by their whole name, `optim.lr`: the numbers, texts and booleans that the hparams view takes, no nulls."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
         if isinstance(value, Mapping):

@@ -65,8 +65,7 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
     """Builds all of a run.  Raises ConfigError where its parts do not fit each other."""
     if config.train.deterministic:
         be_deterministic()
-    config.schedule.build(0.0, config.train.epochs)  # what these refuse is said before any data is read
-    config.optim.build([nn.Parameter(torch.zeros(1))])
+    config.optim.build([nn.Parameter(torch.zeros(1))])  # what it refuses is said before any data is read
     data = load_data(config, None, note)
     outputs = outputs_of(config, len(data.classes))
     config.loss.build(torch.zeros(2, outputs), torch.tensor([0, len(data.classes) - 1]))

@@ -1,20 +1,15 @@
-"""Importing this registers every component that dltrain ships.  None of them imports torch before it is used."""
+"""Importing this registers every component that dltrain ships, also those of a file that is new in data/ or models/.
 
-from dltrain import losses, optim, schedules
-from dltrain.data import augment, cifar, digits, mnist
-from dltrain.models import activations, cnn, layers, mlp, perceptron
+None of them imports torch before it is used.
+"""
 
-__all__ = [
-    "activations",
-    "augment",
-    "cifar",
-    "cnn",
-    "digits",
-    "layers",
-    "losses",
-    "mlp",
-    "mnist",
-    "optim",
-    "perceptron",
-    "schedules",
-]
+import importlib
+import pkgutil
+
+from dltrain import data, losses, models, optim, schedules
+
+for _package in (data, models):
+    for _module in pkgutil.iter_modules(_package.__path__, f"{_package.__name__}."):
+        importlib.import_module(_module.name)
+
+__all__ = ["data", "losses", "models", "optim", "schedules"]

@@ -179,10 +179,10 @@ class Config(Settings):
     seed: NonNegativeInt = 0
     data: Data
     model: Model
-    loss: Annotated[Component, Section("loss")] = _default("loss", "cross_entropy")
+    loss: Annotated[Component, Section("loss", "cross_entropy")] = _default("loss", "cross_entropy")
     descent: Descent = Descent()
     optim: Annotated[Component, Section("optim")]
-    schedule: Annotated[Component, Section("schedule")] = _default("schedule", "constant")
+    schedule: Annotated[Component, Section("schedule", "constant")] = _default("schedule", "constant")
     train: Train = Train()
 
     @property

@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -241,7 +242,7 @@ def _component(entry: Entry, checked: Settings) -> Component:
     return Component(entry.kind, entry.name, {name: getattr(checked, name) for name in entry.arguments.model_fields})
 
 
-class _Written:
+class _Written(ABC):
     """In an annotation: how a component of some kinds is written in YAML."""
 
     def __init__(self, *kinds: str) -> None:
@@ -256,11 +257,13 @@ class _Written:
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {f"x-{type(self).__name__}": list(self.kinds)}  # schema.section() replaces this by a reference
 
+    @abstractmethod
     def read(self, value: Any) -> Component:
-        raise NotImplementedError
+        """The component that the value writes; raises ValidationError."""
 
+    @abstractmethod
     def write(self, value: Component) -> Any:
-        raise NotImplementedError
+        """As `read` reads it."""
 
     def entry(self, name: Any, place: tuple[str, ...] = ()) -> Entry:
         for kind in self.kinds:
@@ -274,7 +277,14 @@ class _Written:
 
 
 class Section(_Written):
-    """A component that has a section of its own: `sgd`, or `{name: sgd, lr: 0.1}`."""
+    """A component that has a section of its own: `sgd`, or `{name: sgd, lr: 0.1}`.
+
+    default: the component meant where the section names none, as in `{warmup_epochs: 2}` of a schedule
+    """
+
+    def __init__(self, kind: str, default: str | None = None) -> None:
+        super().__init__(kind)
+        self.default = default
 
     def read(self, value: Any) -> Component:
         entry, arguments = self.split(value)
@@ -286,9 +296,11 @@ class Section(_Written):
             return self.entry(value), {}
         if not isinstance(value, Mapping):
             raise self.wrong("not_a_section", (), value)
-        if "name" not in value:
+        if "name" not in value and self.default is None:
             raise self.wrong("no_name", ("name",), list(value))
-        return self.entry(value["name"], ("name",)), {key: value[key] for key in value if key != "name"}
+        return self.entry(value.get("name", self.default), ("name",)), {
+            key: value[key] for key in value if key != "name"
+        }
 
     def write(self, value: Component) -> Any:
         return {"name": value.name, **value.plain()}

@@ -28,7 +28,7 @@ def schema() -> Schema:
         entries = registry.entries(kind)
         short: Schema = {"enum": [entry.name for entry in entries if not entry.required()]}
         if kind in Config.model_fields:
-            definitions[f"{kind}_section"] = {"anyOf": [short, *(_section(entry) for entry in entries)]}
+            definitions[f"{kind}_section"] = {"anyOf": [short, *(_section(entry, _default(kind)) for entry in entries)]}
         else:
             definitions[f"{kind}_item"] = {"anyOf": [short, *(_item(entry) for entry in entries)]}
     return {
@@ -37,6 +37,12 @@ def schema() -> Schema:
         **whole,
         "$defs": definitions,
     }
+
+
+def _default(kind: str) -> str | None:
+    """The component that a section means where it names none."""
+    metadata = Config.model_fields[kind].metadata
+    return next((written.default for written in metadata if isinstance(written, registry.Section)), None)
 
 
 def summary(settings: type[BaseModel]) -> str:
@@ -108,13 +114,13 @@ def _item(entry: Entry) -> Schema:
     }
 
 
-def _section(entry: Entry) -> Schema:
+def _section(entry: Entry, default: str | None) -> Schema:
     arguments = section(entry.arguments)
     shared = section(SECTIONS[entry.kind])["properties"] if entry.kind in SECTIONS else {}
     return {
         "type": "object",
         "description": entry.summary,
         "properties": {"name": {"const": entry.name}, **arguments["properties"], **shared},
-        "required": ["name", *arguments.get("required", [])],
+        "required": [*([] if entry.name == default else ["name"]), *arguments.get("required", [])],
         "additionalProperties": False,
     }

@@ -42,10 +42,16 @@ def curves(records: list[dict]) -> None:
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     loss.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="train")
-    loss.plot([line["step"] for line in epochs], [line["val"]["loss"] for line in epochs], label="val", marker="o", ms=3)
+    loss.plot(
+        [line["step"] for line in epochs], [line["val"]["loss"] for line in epochs], label="val", marker="o", ms=3
+    )
     accuracy.plot([line["step"] for line in steps], [100 * line["accuracy"] for line in steps], label="train")
     accuracy.plot(
-        [line["step"] for line in epochs], [100 * line["val"]["accuracy"] for line in epochs], label="val", marker="o", ms=3
+        [line["step"] for line in epochs],
+        [100 * line["val"]["accuracy"] for line in epochs],
+        label="val",
+        marker="o",
+        ms=3,
     )
     for axes, name in ((loss, "loss"), (accuracy, "accuracy, %")):
         axes.set_xlabel("step")

@@ -23,7 +23,7 @@ from safetensors.torch import save as save_safetensors
 
 from dltrain import checkpoint, rundir, trained
 from dltrain import config as configs
-from dltrain.build import build
+from dltrain.build import build, build_model
 from dltrain.data.batches import Batches
 from dltrain.errors import CheckpointError
 from dltrain.evaluate import evaluate
@@ -210,7 +210,7 @@ DIGEST = '"sha256":"' + "0" * 64 + '"'
         pytest.param(b"\0" * 4096, "no `dltrain` metadata", id="zeros"),
         pytest.param(b"\xff" * 4096, "damaged, or another format", id="ones"),
         pytest.param(struct.pack("<Q", 1 << 62) + b"{}", "not a dltrain checkpoint", id="header-of-exabytes"),
-        pytest.param(struct.pack("<Q", 3) + b"{}", "not a dltrain checkpoint", id="header-past-the-end"),
+        pytest.param(struct.pack("<Q", 3) + b"{}", "damaged, or another format", id="header-past-the-end"),
         pytest.param(signed(b"{}"), "no `dltrain` metadata", id="no-metadata"),
         pytest.param(signed(b"[]"), "no `dltrain` metadata", id="header-is-a-list"),
         pytest.param(signed(b"[" * 100_000), "no `dltrain` metadata", id="header-nested"),
@@ -376,6 +376,29 @@ def test_optimizer_state_is_laid_out_as_its_parameter():
     assert torch.equal(placed, read)
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a number beside its tensors, as an optimizer of a user's own may."""
+
+    def step(self, closure: Any = None) -> Any:
+        done = super().step(closure)
+        for state in self.state.values():
+            state["count"] = state.get("count", 0) + 1
+        return done
+
+
+def test_numbers_in_an_optimizers_state_are_kept(tmp_path):
+    def counting() -> Run:
+        made = started(config())
+        made.optimizer = Counting(made.setup.model.parameters(), lr=0.1, momentum=0.9)
+        return made
+
+    path = write(tmp_path / "x", train(counting(), 3).encode())
+    resumed = counting()
+    resumed.restore(path, *checkpoint.read(path))
+    assert {state["count"] for state in resumed.optimizer.state.values()} == {3}
+    assert train(resumed, 2).encode() == train(counting(), 5).encode()
+
+
 def test_best_weights_are_stored_once(run, tmp_path):
     """Where they are the model's own they are not stored again."""
     at_epochs_end = train(started(config()), 4)
@@ -469,7 +492,7 @@ def without(name: str) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
         lambda tensors, meta: tensors.update({"rng.cpu": torch.zeros(3, dtype=torch.uint8)}),
         lambda tensors, meta: tensors.update({"sums": torch.zeros(3)}),
         lambda tensors, meta: tensors.update({"unknown.x": torch.zeros(3)}),
-        lambda tensors, meta: tensors.update({"optim.0_conv.weight.momentum_buffer": torch.zeros(4, 1, 3)}),
+        lambda tensors, meta: tensors.update({"optim.0_conv.weight.momentum_buffer": torch.zeros(3, 3)}),
         lambda tensors, meta: tensors.pop("best.7_linear.weight"),
         lambda tensors, meta: tensors.update({"model.7_linear.bias": torch.zeros(10, dtype=torch.float64)}),
     ],
@@ -497,6 +520,20 @@ def test_a_file_alone_gives_the_model_back(run, tmp_path, kind):
     assert (model.classes, model.shape, model.step) == (setup.data.classes, (1, 8, 8), 6)
     assert model.config == setup.config
     assert not model.model.training
+
+
+def test_a_model_takes_no_memory_before_it_is_known_to_fit(saved, monkeypatch):
+    devices = []
+
+    def watched(*arguments: Any) -> torch.nn.Module:
+        model = build_model(*arguments)
+        devices.extend(parameter.device.type for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(trained, "build_model", watched)
+    model = trained.load(saved, "cpu")
+    assert set(devices) == {"meta"}
+    assert {parameter.device.type for parameter in model.model.parameters()} == {"cpu"}
 
 
 def test_the_weights_of_a_run_folder_are_those_that_it_chose(run, tmp_path):

@@ -52,7 +52,7 @@ def test_json_is_all_of_stdout(dltrain: Run) -> None:
     assert summary["run"] == "run"
     assert summary["config"] == "digits_mlp"
     assert (summary["epochs"], summary["steps"]) == (2, 18)  # 270 images in batches of 32
-    assert summary["chosen_by"] == "val_accuracy"
+    assert summary["chosen_by"] == "val_loss"
     assert summary["images_per_second"] == pytest.approx(270 / summary["seconds_per_epoch"], rel=0.01)
     assert summary["seconds"] == pytest.approx(2 * summary["seconds_per_epoch"], abs=1e-3)
     for split in ("train", "val", "test"):
@@ -62,7 +62,8 @@ def test_json_is_all_of_stdout(dltrain: Run) -> None:
 
 
 def test_without_val_the_last_weights_are_kept_and_val_is_null(dltrain: Run) -> None:
-    summary = json.loads(dltrain("train", *SMALL, "--set", "data.val=0", "--json", "-q", "--out", "run").out)
+    settings = ("--set", "data.val=0", "--set", "train.choose_by=last")
+    summary = json.loads(dltrain("train", *SMALL, *settings, "--json", "-q", "--out", "run").out)
     assert (summary["val"], summary["chosen_by"], summary["chosen_epoch"]) == (None, "last", 2)
     assert not Path("run/best.safetensors").exists()
     assert json.loads(dltrain("eval", "run", "--json").out)["loss"] == summary["test"]["loss"]
@@ -78,7 +79,7 @@ def test_quiet_prints_the_result_alone(dltrain: Run) -> None:
 
 
 def test_a_dry_run_shows_the_layers_and_keeps_nothing(dltrain: Run) -> None:
-    done = dltrain("train", "digits_mlp", "--dry-run", "--json")
+    done = dltrain("train", "digits_mlp", "--dry-run", "--json", "--set", "model.batchnorm=false")
     found = json.loads(done.out)
     assert found["parameters"] == sum(row["parameters"] for row in found["layers"])
     linear = [row for row in found["layers"] if row["kind"] == "Linear"]
@@ -91,7 +92,7 @@ def test_a_dry_run_shows_the_layers_and_keeps_nothing(dltrain: Run) -> None:
     assert found["expected_loss"] == pytest.approx(2.302585)
     assert found["first_loss_ok"] is True
     assert list(Path().iterdir()) == []
-    table = dltrain("train", "digits_mlp", "--dry-run").out
+    table = dltrain("train", "digits_mlp", "--dry-run", "--set", "model.batchnorm=false").out
     assert f"{found['parameters']:,}" in table
     assert f"{found['first_loss']:.4f}" in table
 
@@ -143,7 +144,7 @@ def test_eval_writes_a_row_an_image(dltrain: Run, trained: Path) -> None:
         (["train", "digits_mlp", "--nonsense"], 2, "--nonsense"),
         (["train"], 2, "CONFIG"),
         (["trian", "digits_mlp"], 2, "train"),
-        (["train", "digits_mlp", "-q", "--set", "data={name: mnist, root: nowhere}"], 3, "digits_mlp.yaml"),
+        (["train", "digits_mlp", "-q", "--set", "data={name: mnist, root: nowhere, val: 10}"], 3, "digits_mlp.yaml"),
         (["eval", "nowhere"], 4, "nowhere"),
         (["eval", "."], 4, "no checkpoint"),
         (["eval", "{run}", "--split", "dev"], 2, "expected train, val or test"),

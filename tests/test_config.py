@@ -710,3 +710,9 @@ def test_config_list_has_every_shipped_config(dltrain: Run) -> None:
     done = dltrain("config", "list")
     assert done.code == 0
     assert all(name in done.out for name in shipped.names())
+
+
+def test_a_section_with_a_default_need_not_name_it() -> None:
+    config = check(START + "loss: {label_smoothing: 0.1}\nschedule: {warmup_epochs: 2}\n")
+    assert (config.loss.name, config.loss.args["label_smoothing"]) == ("cross_entropy", 0.1)
+    assert (config.schedule.name, config.schedule.args["warmup_epochs"]) == ("constant", 2.0)

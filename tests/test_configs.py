@@ -30,7 +30,7 @@ def test_a_config_trains(dltrain: Run, tmp_path: Path, name: str) -> None:
     assert done.code == 0, done.err
     summary = json.loads(done.out)
     assert (summary["config"], summary["steps"]) == (name, 3)
-    assert summary["chosen_by"] == "val_accuracy"
+    assert summary["chosen_by"].startswith("val_")
     assert json.loads(dltrain("eval", "run", "--json").out)["loss"] == summary["test"]["loss"]
 
 
@@ -57,19 +57,39 @@ def test_mnist_as_published_is_verified_and_learned(dltrain: Run, monkeypatch: p
     monkeypatch.setenv("DLTRAIN_DATA", str(REAL))
     verified = dltrain("data", "verify", "mnist")
     assert (verified.code, verified.out) == (0, "mnist: 60,000 training and 10,000 test images, verified\n")
-    settings = ("--set", "train.epochs=1", "--set", "schedule=constant", "--set", "optim.lr=0.05", "--set", "data.augment=[]")
+    settings = (
+        "--set",
+        "train.epochs=1",
+        "--set",
+        "schedule=constant",
+        "--set",
+        "optim.lr=0.05",
+        "--set",
+        "data.augment=[]",
+    )
     summary = json.loads(dltrain("train", "mnist_mlp", "--json", "-q", "--out", "run", *settings).out)
     assert summary["data_verified"] is True
     assert summary["test"]["accuracy"] > 0.95
 
 
 @needs_real_data
-def test_cifar10_in_another_copy_is_refused_and_accepted_when_asked(dltrain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar10_in_another_copy_is_refused_and_accepted_when_asked(
+    dltrain: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DLTRAIN_DATA", str(REAL))
     refused = dltrain("train", "cifar10_mlp", "--out", "run")
     assert (refused.code, len(refused.err.splitlines())) == (3, 1)
     assert "data.verify" in refused.err
-    settings = ("--set", "train.epochs=1", "--set", "data.verify=false", "--set", "data.limit=20000", "--set", "optim.lr=1e-3")
+    settings = (
+        "--set",
+        "train.epochs=1",
+        "--set",
+        "data.verify=false",
+        "--set",
+        "data.limit=20000",
+        "--set",
+        "optim.lr=1e-3",
+    )
     summary = json.loads(dltrain("train", "cifar10_mlp", "--json", "-q", "--out", "run", *settings).out)
     assert summary["data_verified"] is False
     assert summary["test"]["accuracy"] > 0.3

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from dltrain.data.dataset import Split
 from dltrain.data.prepare import Normalisation, generator
+from dltrain.lazy import torch
 from dltrain.registry import Component
 
 

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dltrain.data.dataset import Dataset, Split
 from dltrain.errors import ConfigError
+from dltrain.lazy import torch
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def residual(
     shortcut: `identity` needs equal shapes; `projection` brings the input to the output's shape by a strided 1x1
         convolution and batch normalisation
     """
-    from dltrain.models.residual import Residual
+    from dltrain.modules import Residual
 
     path = sequence(shape, outputs, layers)
     after = shape_after(path, shape)

@@ -1,4 +1,4 @@
-"""The module of a residual block."""
+"""Modules that a layer is built of where torch has none: their classes need torch, so layers import them when built."""
 
 from torch import Tensor, nn
 
