@@ -127,7 +127,7 @@ class Board:
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their whole name, `optim.lr`: the numbers, texts and booleans that the hparams view takes, no nulls."""
+    """Settings by their whole name, `optim.lr`: numbers, texts and booleans, as the hparams view takes them."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
         if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dltrain.config import Config
-from dltrain.data.batches import Normalise
+from dltrain.data.batches import Batches, Normalise
 from dltrain.data.dataset import Dataset
 from dltrain.data.files import Files, data_root
 from dltrain.data.prepare import Prepared, prepare
@@ -34,6 +34,18 @@ class Setup:
     def steps_per_epoch(self) -> int:
         """The last step of an epoch takes the images that are left."""
         return -(-len(self.data.train) // self.step_size)
+
+    def batches(self) -> Batches:
+        """The training images, moved to the device, as the batches of each step."""
+        return Batches(
+            self.data.train,
+            self.normalise,
+            seed=self.config.seed,
+            step_size=self.step_size,
+            micro_size=self.micro_size,
+            augment=self.config.data.augment,
+            device=self.placement.device,
+        )
 
 
 def load_data(config: Config, root: str | None, note: Callable[[str], None]) -> Prepared:

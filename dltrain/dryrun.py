@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.build import Setup, build
 from dltrain.config import Config
-from dltrain.data.batches import Batches
 from dltrain.runs import describe, new_run
 
 TOLERANCE = 0.25  # of the expected first loss, or this much where that is more
@@ -29,16 +28,7 @@ def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
     for line in describe(setup):
         note(line)
     run = new_run(setup)
-    batches = Batches(
-        setup.data.train,
-        setup.normalise,
-        seed=config.seed,
-        step_size=setup.step_size,
-        micro_size=setup.micro_size,
-        augment=config.data.augment,
-        device=setup.placement.device,
-    )
-    images, labels, _ = next(batches.step(0, 0))
+    images, labels, _ = next(setup.batches().step(0, 0))
     layers, flops, activations = _layers(setup, images[:1])
     with setup.placement.autocast():
         outputs = setup.model(images)

@@ -12,7 +12,6 @@ from types import FrameType
 
 import torch
 
-from dltrain.data.batches import Batches
 from dltrain.errors import DivergedError, Stopped
 from dltrain.evaluate import evaluate, predicted
 from dltrain.logs import Log
@@ -31,15 +30,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     epoch_loss, epoch_correct = run.sums.unbind()  # views
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    batches = Batches(
-        setup.data.train,
-        setup.normalise,
-        seed=config.seed,
-        step_size=setup.step_size,
-        micro_size=setup.micro_size,
-        augment=config.data.augment,
-        device=placement.device,
-    )
+    batches = setup.batches()
     saved = monotonic()
 
     with _stop_signals() as stop:
