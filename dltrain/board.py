@@ -24,7 +24,8 @@ STEP_TAGS = {
     "gradient_norm": "gradient_norm",
     "images_per_second": "images_per_second",
 }
-FINAL_TAGS = [f"{score}/{split}" for split in ("val", "test") for score in ("accuracy", "loss")]
+# of the chosen weights: the metrics of the hparams view -> their split and score
+FINAL_TAGS = {f"final/{split}_{score}": (split, score) for split in ("val", "test") for score in ("accuracy", "loss")}
 
 
 class Board:
@@ -50,14 +51,16 @@ class Board:
 
     def end(self, scores: Mapping[str, Evaluation], step: int) -> None:
         """The scores of each split with the weights of that step, and pictures of what the test split says of them."""
-        if "val" in scores:  # the chosen weights' own, where the hparams view looks for them
-            self._scalars(
-                {"loss/val": scores["val"].loss, "accuracy/val": scores["val"].accuracy}, self.run.global_step
-            )
-        test = scores["test"]
-        self._scalars({"loss/test": test.loss, "accuracy/test": test.accuracy}, self.run.global_step)
-        self._try(lambda: self._pictures(test, step))
-        self._try(self._close)
+        final = {tag: scores[split].scores()[score] for tag, (split, score) in FINAL_TAGS.items() if split in scores}
+        self._scalars(final, step)
+        self._try(lambda: self._pictures(scores["test"], step))
+        self._try(lambda: self._summaries(self.session_end))
+
+    def flush(self) -> None:
+        self._try(lambda: self.writer.flush() if self.writer else None)
+
+    def close(self) -> None:
+        self._try(lambda: self.writer.close() if self.writer else None)
 
     def _try(self, write: Callable[[], None]) -> None:
         try:
@@ -119,11 +122,6 @@ class Board:
             ]
             picture = mistakes_picture(data.test.images[worst], captions)
             self.writer.add_image("test/worst mistakes", picture, step, dataformats="HWC")
-
-    def _close(self) -> None:
-        if self.writer:
-            self._summaries(self.session_end)
-            self.writer.close()
 
 
 def _flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

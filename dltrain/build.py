@@ -69,7 +69,10 @@ def outputs_of(config: Config, classes: int) -> int:
 def build_model(config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
     """The model on the CPU, its weights drawn from the seed.  Raises ConfigError where its layers do not fit."""
     torch.manual_seed(config.seed)
-    model: nn.Module = config.model.source.build(shape, outputs_of(config, classes))
+    try:
+        model: nn.Module = config.model.source.build(shape, outputs_of(config, classes))
+    except RuntimeError as error:  # torch's, for sizes that no memory holds
+        raise ConfigError(f"model {config.model.source.name}: {str(error).splitlines()[0]}") from None
     return model
 
 
@@ -84,7 +87,7 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
     step_size, micro_size = config.descent.sizes(len(data.train))
     if step_size > len(data.train):
         text = f"{step_size} images in a batch, {len(data.train)} in the training set"
-        raise ConfigError(f"descent.batch_size: {text}; lower it, or use `descent: batch`")
+        raise ConfigError(f"descent.batch_size: {text}; lower it, or set descent.variant to batch")
     model = build_model(config, data.shape, len(data.classes))
     placement = place(config.train.device, config.train.precision, config.train.memory_format, model)
     placement.take(model)

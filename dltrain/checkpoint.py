@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from dltrain.errors import CheckpointError
+from dltrain.errors import CheckpointError, OtherFormatError
 
 FORMAT = 1
 MAX_HEADER = 32 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB
@@ -66,6 +66,9 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     hasher.update(memoryview(raw)[start + 64 :])
     if hasher.hexdigest().encode() != found[1]:
         raise CheckpointError(f"{path}: its bytes differ from their digest: damaged or changed; use another checkpoint")
+    if meta["format"] != FORMAT:  # asked once the digest holds: else a flipped bit would look like another format
+        text = f"format {meta['format']}; this dltrain reads format {FORMAT}: use the dltrain that wrote it"
+        raise OtherFormatError(f"{path}: {text}")
     try:
         return safetensors.torch.load(raw), meta
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -93,11 +96,7 @@ def _metadata(path: Path, header: bytes) -> tuple[dict[str, Any], int]:
         end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: not a dltrain checkpoint: its header has no `dltrain` metadata") from None
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path}: format {version}; this dltrain reads format {FORMAT}: use the dltrain that wrote it"
-        )
-    return dict(meta), 8 + len(header) + end
+    return {**meta, "format": version}, 8 + len(header) + end
 
 
 def check_fit(path: Path, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

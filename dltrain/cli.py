@@ -192,7 +192,7 @@ def evaluate(
     from dltrain import rundir, tables, trained
 
     notes = _console(to_stderr=as_json)
-    model = trained.load(checkpoint, device)
+    model = trained.load(checkpoint, device, _say)
     scores, found = trained.judge(model, split, data_root, _say)
     if out:
         rundir.write_atomically(out, trained.predictions_csv(model, found).encode())

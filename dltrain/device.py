@@ -108,14 +108,17 @@ def be_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def bits_depend_on(device: torch.device) -> dict[str, Any]:
+def bits_depend_on(placement: Placement) -> dict[str, Any]:
     """What must be the same for two runs of one config to give the same bits."""
+    device = placement.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "torch": torch.__version__,
         "device": f"{device.type} {name}",
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "arithmetic": str(placement.dtype).removeprefix("torch."),
+        "layout": str(placement.memory_format).removeprefix("torch."),
     }
 
 
@@ -128,7 +131,7 @@ def environment(placement: Placement) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {
-        **bits_depend_on(placement.device),
+        **bits_depend_on(placement),
         **placement.why,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -28,6 +28,10 @@ class CheckpointError(DltrainError):
     exit_code = 4
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint that is whole, and of a format that this version does not read."""
+
+
 class DeviceError(DltrainError):
     """A device that is absent, unusable or out of memory."""
 

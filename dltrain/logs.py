@@ -27,6 +27,15 @@ class Log:
         self.progress: Progress | None = None
         self.task = TaskID(0)
 
+    def flush(self) -> None:
+        """Brings TensorBoard's file up to date, as far as a checkpoint is about to go."""
+        if self.board:
+            self.board.flush()
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
     def note(self, text: str) -> None:
         """Something a user should know once."""
         if not self.quiet:

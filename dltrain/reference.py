@@ -21,9 +21,9 @@ Every key and component that a config can have, written by `dltrain list --markd
 
 Under each kind of component stands what a function of that kind takes and gives, for those who add one.
 
-A section that names a component may be written short: `optim: adam` is `optim: {name: adam}`.  A layer, an activation
-and an augmentation are written `relu`, `maxpool: 2` (where one setting is given, the first is meant) or
-`conv: {out: 32, kernel: 5}`.
+A section that names a component may be written short: `optim: adam` is `optim: {name: adam}`.  One with a default need
+not name it: `schedule: {warmup_epochs: 2}`.  A layer, an activation and an augmentation are written `relu`,
+`maxpool: 2` (where one setting is given, the first is meant) or `conv: {out: 32, kernel: 5}`.
 """
 WORDS = {"integer": "whole number", "boolean": "`true` or `false`", "string": "text", "null": "`null`"}
 SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -74,9 +74,9 @@ def show(kind: str | None, console: Console) -> None:
 def _print(console: Console, text: str, indent: int, style: str = "") -> None:
     margin = " " * indent
     wrapped = textwrap.fill(
-        text, max(console.width, 30), initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+        text, console.width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
     )
-    console.print(Text(wrapped, style), soft_wrap=True)
+    console.print(Text(wrapped, style))
 
 
 def _settings(described: Schema) -> Iterable[tuple[str, Schema, str]]:

@@ -296,11 +296,13 @@ class Section(_Written):
             return self.entry(value), {}
         if not isinstance(value, Mapping):
             raise self.wrong("not_a_section", (), value)
-        if "name" not in value and self.default is None:
-            raise self.wrong("no_name", ("name",), list(value))
-        return self.entry(value.get("name", self.default), ("name",)), {
-            key: value[key] for key in value if key != "name"
-        }
+        if "name" in value:
+            return self.entry(value["name"], ("name",)), {key: value[key] for key in value if key != "name"}
+        if self.default is not None:
+            entry = self.entry(self.default)
+            if not most_like("name", value.keys() - entry.arguments.model_fields.keys(), cutoff=0.7):
+                return entry, dict(value)
+        raise self.wrong("no_name", ("name",), list(value))
 
     def write(self, value: Component) -> Any:
         return {"name": value.name, **value.plain()}

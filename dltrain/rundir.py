@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from dltrain.errors import CheckpointError, OutputError, RunTakenError
+from dltrain.errors import CheckpointError, OtherFormatError, OutputError, RunTakenError
 
 _T = TypeVar("_T")
 
@@ -109,7 +109,10 @@ class RunFolder:
             raise OutputError(f"{path}: {error.strerror} (errno {error.errno})") from error
 
     def forget_after(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl that belong to later steps than the one training goes on from."""
+        """Drops what belongs to later steps than the one training goes on from: metrics and broken saves."""
+        for each in steps(self.path):
+            if step_of(each) > step:
+                each.unlink()
         kept = [json.dumps(record) for record in records(self.path) if record["step"] <= step]
         self.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
@@ -140,16 +143,31 @@ def create(root: Path, name: str) -> RunFolder:
 def steps(path: Path) -> list[Path]:
     """The run's checkpoints, the highest step first: by step and not by time, which can jump."""
     found = [each for each in (path / "checkpoints").glob("step-*.safetensors") if re.fullmatch(r"step-\d+", each.stem)]
-    return sorted(found, key=lambda each: int(each.stem.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def latest(path: Path, read: Callable[[Path], _T], warn: Callable[[str], None]) -> _T | None:
-    """What `read` makes of the newest checkpoint that is whole; a broken one is warned of and passed over."""
-    for each in steps(path):
+    """What `read` makes of the newest checkpoint that is whole; a broken one is warned of and passed over.
+
+    Raises OtherFormatError where the newest is of another format: going on from an older one would lose what it holds.
+    """
+    waiting = steps(path)
+    while waiting:
+        each = waiting.pop(0)
         try:
             return read(each)
+        except OtherFormatError:
+            raise
         except CheckpointError as error:
-            warn(f"{error}; the one before is used")
+            if each.exists():
+                warn(f"{error}; it is passed over")
+            else:  # a run that goes on meanwhile has removed it, after writing a newer one
+                waiting = steps(path)
     return None
 
 

@@ -21,7 +21,7 @@ from dltrain.evaluate import Evaluation, evaluate
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
 from dltrain.state import Run, Tensors
-from dltrain.train import train
+from dltrain.train import is_over, train
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
@@ -74,13 +74,16 @@ def resume(
     if saved is None:
         log.note("no checkpoint is whole yet: training starts at the first step")
     else:
-        _refuse_other_bits(saved, setup, allow_inexact)
         run.restore(*saved)
+        _refuse_other_bits(saved, setup, allow_inexact)
     folder.forget_after(run.global_step)
     if changes:
         log.note(f"changed settings: {'; '.join(changes)}")
         folder.append({"kind": "changed", "step": run.global_step, "settings": changes})
     folder.write("config.yaml", config.yaml())
+    if not changes and is_over(run) and (folder.path / "summary.json").exists():
+        log.note("this run is finished; --set train.epochs=… trains it further")
+        return Result(json.loads((folder.path / "summary.json").read_text(encoding="utf-8")), folder.path)
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
 
@@ -105,7 +108,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 def _refuse_other_bits(saved: Saved, setup: Setup, allow_inexact: bool) -> None:
     path, _, meta = saved
-    changed = differences(meta["bits"], bits_depend_on(setup.placement.device))
+    changed = differences(meta["bits"], bits_depend_on(setup.placement))
     changed += [f"data {change}" for change in differences(meta["data"]["files"], dict(setup.data.files))]
     if changed and not allow_inexact:
         text = f"would not end in the same bits: {'; '.join(changed)}; --allow-inexact goes on all the same"
@@ -120,8 +123,16 @@ def _train(run: Run, folder: RunFolder, log: Log) -> Result:
     try:
         with log.begin(run):
             train(run, folder, log)
+        return _finish(run, folder, log)
     except RuntimeError as error:
         raise _out_of_memory(error, setup) from error
+    finally:
+        log.close()
+
+
+def _finish(run: Run, folder: RunFolder, log: Log) -> Result:
+    """Scores the chosen weights on every split: the one use of the test split."""
+    setup = run.setup
     best = run.progress.best
     if best:
         setup.model.load_state_dict(best.weights)

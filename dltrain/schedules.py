@@ -10,6 +10,9 @@ proper begins where the warm-up ends and has the rest of the run.
 from __future__ import annotations
 
 import math
+from typing import Annotated
+
+from pydantic import Field
 
 from dltrain.registry import Fraction, NonNegative, Positive, register
 
@@ -30,7 +33,12 @@ def constant(epoch: float, epochs: float, *, warmup_epochs: NonNegative = 0.0) -
 
 @register("schedule")
 def step(
-    epoch: float, epochs: float, *, every_epochs: Positive, factor: Positive = 0.1, warmup_epochs: NonNegative = 0.0
+    epoch: float,
+    epochs: float,
+    *,
+    every_epochs: Annotated[float, Field(ge=0.001)],
+    factor: Positive = 0.1,
+    warmup_epochs: NonNegative = 0.0,
 ) -> float:
     """Multiplies the learning rate by `factor` every `every_epochs`.
 

@@ -21,8 +21,11 @@ def names() -> list[str]:
 def find(config: str) -> Path:
     """The file that a user means by a path, or by a shipped config's name.  Raises ConfigError where there is none."""
     path = Path(config)
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ConfigError(f"{config[:60]}: {error.strerror}") from None
     if path.name.removesuffix(".yaml") in names() and len(path.parts) <= 2:
         return folder() / f"{path.name.removesuffix('.yaml')}.yaml"
     hint = nearest(path.stem, names()) or "; `dltrain config list` names those that come with dltrain"

@@ -75,7 +75,7 @@ class Run:
             "progress": {key: value for key, value in vars(progress).items() if key != "best"},
             "best": best and {"value": best.value, "epoch": best.epoch, "step": best.step},
             "optimizer": {"class": type(self.optimizer).__name__, "scalars": scalars},
-            "bits": bits_depend_on(self.setup.placement.device),
+            "bits": bits_depend_on(self.setup.placement),
         }
         return checkpoint.encode(tensors, meta)
 

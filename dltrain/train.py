@@ -33,10 +33,22 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     batches = setup.batches()
     saved = monotonic()
 
+    def save_where(due: object) -> None:
+        """Between two steps: saves where it is due, or the clock says so, or a signal asks to stop here."""
+        nonlocal saved
+        if due or stop or monotonic() - saved > 60 * settings.checkpoint_every_minutes:
+            log.flush()
+            _save(run, folder)
+            saved = monotonic()
+        if stop:
+            go_on = f"go on with: dltrain train --resume {folder.path}"
+            raise Stopped(f"stopped after step {run.global_step}, and saved; {go_on}", stop[0])
+
     with _stop_signals() as stop:
-        while at.epoch < settings.epochs and not _patience_is_over(run):
+        while not is_over(run):
             model.train()
             clock = _Clock()
+            due: object = None
             while at.step < batches.steps:
                 rate = config.schedule(at.epoch + at.step / batches.steps, settings.epochs)
                 for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
@@ -80,14 +92,10 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                     )
                     at.loss_sum, at.correct, at.seen, at.logged_seconds = loss_sum, correct, seen, at.epoch_seconds
                 due = settings.checkpoint_every_steps and run.global_step % settings.checkpoint_every_steps == 0
-                if due or stop or monotonic() - saved > 60 * settings.checkpoint_every_minutes:
+                if not epoch_ends:  # else after the epoch's evaluation, so that its record is never written twice
                     at.epoch_seconds += clock.lap()
-                    _save(run, folder)
-                    saved = monotonic()
+                    save_where(due)
                     clock.lap()
-                if stop:
-                    go_on = f"go on with: dltrain train --resume {folder.path}"
-                    raise Stopped(f"stopped after step {run.global_step}, and saved; {go_on}", stop[0])
 
             trained = {"loss": at.loss_sum / at.seen, "accuracy": at.correct / at.seen}
             scores = None
@@ -104,7 +112,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
             log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
             at.loss_sum, at.correct, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
             run.sums.zero_()
-        _save(run, folder)
+            save_where(due or is_over(run))
 
 
 def _save(run: Run, folder: RunFolder) -> None:
@@ -125,9 +133,11 @@ def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     return norm
 
 
-def _patience_is_over(run: Run) -> bool:
-    patience, at = run.setup.config.train.patience_epochs, run.progress
-    return patience is not None and at.best is not None and at.epoch - at.best.epoch >= patience
+def is_over(run: Run) -> bool:
+    """Whether a run has had its epochs, or `train.patience_epochs` without a better one."""
+    settings, at = run.setup.config.train, run.progress
+    patience = settings.patience_epochs or math.inf
+    return at.epoch >= settings.epochs or (at.best is not None and at.epoch - at.best.epoch >= patience)
 
 
 def _diverged(run: Run, what: str) -> DivergedError:

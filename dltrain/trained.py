@@ -25,8 +25,6 @@ from dltrain.evaluate import Evaluation, evaluate, predicted, probabilities
 from dltrain.metrics import classification
 from dltrain.registry import NonNegativeInt, Positive, PositiveInt
 
-MAX_PIXELS = 1 << 24  # of an image, as a checkpoint states its shape
-
 
 class _Pixels(BaseModel):
     model_config = ConfigDict(strict=True)
@@ -69,34 +67,34 @@ class Trained:
     step: int
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The file to use for a file or a run folder: the weights that the run chose, else its last ones."""
+def _read(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
+    """The file itself, or of a run's folder the weights that it chose, else its last ones."""
     if not path.is_dir():
-        return path
-    if (path / "best.safetensors").exists():
-        return path / "best.safetensors"
-    found = rundir.steps(path)
-    if not found:
+        return (path, *checkpoint.read(path))
+    best = path / "best.safetensors"
+    if best.exists():
+        return (best, *checkpoint.read(best))
+    found = rundir.latest(path, lambda each: (each, *checkpoint.read(each)), warn)
+    if found is None:
         raise CheckpointError(f"{path}: holds no checkpoint (best.safetensors or checkpoints/step-*.safetensors)")
-    return found[0]
+    return found
 
 
-def load(path: Path, device: str = "auto") -> Trained:
+def load(path: Path, device: str, warn: Callable[[str], None]) -> Trained:
     """Reads a checkpoint file or a run's folder.  Raises CheckpointError where it is not usable; runs nothing of it."""
-    path = find_checkpoint(path)
-    tensors, found = checkpoint.read(path)
+    path, tensors, found = _read(path, warn)
     try:
         meta = _Meta.model_validate(found)
         config = configs.from_plain(meta.config, str(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(f"{path}: its metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (ConfigError, RecursionError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{path}: its config is not valid here: {str(error).splitlines()[0]}") from None
     channels, height, width = meta.shape
     normalisation = Normalisation(meta.normalisation.mean, meta.normalisation.std)
-    if channels * height * width > MAX_PIXELS or {len(normalisation.mean), len(normalisation.std)} != {channels}:
-        raise CheckpointError(f"{path}: its metadata states an impossible shape or normalisation")
+    if {len(normalisation.mean), len(normalisation.std)} != {channels}:
+        raise CheckpointError(f"{path}: its metadata: normalisation: expected {channels} means and deviations")
     classes = tuple(meta.classes)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     try:

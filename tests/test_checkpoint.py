@@ -512,7 +512,7 @@ def test_a_file_alone_gives_the_model_back(run, tmp_path, kind):
     setup = run.setup
     content = run.encode() if kind == "step" else run.encode_weights(setup.model.state_dict(), 6)
     path = write(tmp_path / "moved.safetensors", content)
-    model = trained.load(path, "cpu")
+    model = trained.load(path, "cpu", print)
     expected = evaluate(setup.model, setup.data.test, setup.normalise, setup.placement, setup.config.loss)
     found = evaluate(model.model, setup.data.test, model.normalise, model.placement, model.config.loss)
     assert torch.equal(found.outputs, expected.outputs)
@@ -531,20 +531,20 @@ def test_a_model_takes_no_memory_before_it_is_known_to_fit(saved, monkeypatch):
         return model
 
     monkeypatch.setattr(trained, "build_model", watched)
-    model = trained.load(saved, "cpu")
+    model = trained.load(saved, "cpu", print)
     assert set(devices) == {"meta"}
     assert {parameter.device.type for parameter in model.model.parameters()} == {"cpu"}
 
 
 def test_the_weights_of_a_run_folder_are_those_that_it_chose(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"holds no checkpoint"):
-        trained.load(tmp_path)
+        trained.load(tmp_path, "auto", print)
     folder = rundir.RunFolder(tmp_path / "run", resume=False)
     for step in (4, 6):
         folder.save(step, run.encode_weights(run.setup.model.state_dict(), step))
-    assert trained.load(folder.path, "cpu").step == 6
+    assert trained.load(folder.path, "cpu", print).step == 6
     folder.write("best.safetensors", run.encode_weights(run.setup.model.state_dict(), 3))
-    assert trained.load(folder.path, "cpu").step == 3
+    assert trained.load(folder.path, "cpu", print).step == 3
 
 
 def test_a_wrong_device_is_a_usage_error_of_one_line(saved, dltrain):
@@ -556,7 +556,7 @@ def test_data_of_other_classes_is_refused(run, tmp_path):
     changed = copy.deepcopy(checkpoint.read(write(tmp_path / "x", run.encode())))
     tensors, meta = changed
     meta["classes"][0] = "zero"
-    model = trained.load(write(tmp_path / "x", rewritten(tensors, meta)), "cpu")
+    model = trained.load(write(tmp_path / "x", rewritten(tensors, meta)), "cpu", print)
     with pytest.raises(
         CheckpointError, match=r"was trained on 10 classes of \[1, 8, 8\] images, .* names them otherwise"
     ):
@@ -666,7 +666,7 @@ def test_hostile_metadata_is_refused_in_one_line(run, tmp_path, change):
     change(meta)
     path.write_bytes(rewritten(tensors, meta))
     with pytest.raises(CheckpointError) as caught:
-        trained.load(path, "cpu")
+        trained.load(path, "cpu", print)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
@@ -688,7 +688,7 @@ def test_weights_that_are_not_the_models_are_refused(saved, name, tensor):
         tensors[name] = tensor
     saved.write_bytes(rewritten(tensors, meta))
     with pytest.raises(CheckpointError, match=rf"another model's weights: {name.removeprefix('model.')}: expected "):
-        trained.load(saved, "cpu")
+        trained.load(saved, "cpu", print)
 
 
 # -- generated input
@@ -748,7 +748,7 @@ def test_whatever_the_metadata_are_they_give_a_model_or_are_refused(run, tmp_pat
     place[key] = data.draw(JSON)
     path = write(tmp_path / "x", rewritten(tensors, meta))
     try:
-        trained.load(path, "cpu")
+        trained.load(path, "cpu", print)
     except CheckpointError as error:
         assert "\n" not in str(error)  # noqa: PT017
 

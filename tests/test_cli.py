@@ -143,6 +143,8 @@ def test_eval_writes_a_row_an_image(dltrain: Run, trained: Path) -> None:
         (["train", "digits_mlp", "--resume"], 2, "expected a run's folder"),
         (["train", "digits_mlp", "--nonsense"], 2, "--nonsense"),
         (["train"], 2, "CONFIG"),
+        (["train", "x" * 5000], 2, "name too long"),
+        (["train", "digits_mlp", "-q", "--set", "model.hidden=[999999999999999999]"], 2, "model mlp"),
         (["trian", "digits_mlp"], 2, "train"),
         (["train", "digits_mlp", "-q", "--set", "data={name: mnist, root: nowhere, val: 10}"], 3, "digits_mlp.yaml"),
         (["eval", "nowhere"], 4, "nowhere"),

@@ -13,7 +13,7 @@ import yaml
 from conftest import Run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from dltrain import config, registry, schema, shipped, yamlfile
 from dltrain.config import Config
@@ -72,13 +72,21 @@ def test_what_is_left_out_has_its_default() -> None:
     assert (found.data.val, found.data.augment, found.train.epochs, found.chosen_by) == (0, [], 10, "last")
 
 
+def test_a_config_does_not_change() -> None:
+    found = check(START)
+    for part, key in ((found, "seed"), (found.train, "epochs"), (found.data, "val")):
+        with pytest.raises(ValidationError):
+            setattr(part, key, 1)
+
+
 def test_the_name_is_the_files_where_it_is_not_given(tmp_path: Path) -> None:
     text = instead(name=None)
     for stem, name in {
         "my run (2)": "my_run__2_",
         ".hidden": "_hidden",
         "Übung-1.a": "Übung-1.a",
-        "é" * 100: "é" * 100,
+        "-" + "a" * 150: "_" + "a" * 99,
+        "²": "_",
     }.items():
         path = tmp_path / f"{stem}.yaml"
         path.write_text(text)
@@ -114,6 +122,8 @@ EACH_MISTAKE = [
     (instead(data="CIFAR-10"), "2: data: unknown data 'CIFAR-10'; did you mean 'cifar10'?"),
     (instead(loss="hinge"), "5: loss: unknown loss 'hinge'; there is bce, cross_entropy, mse"),
     (instead(optim="{nam: sgd, lr: 1}"), "4: optim.name: missing; is nam meant to be it?"),
+    (instead(schedule="{nmae: cosine, final: 0.1}"), "5: schedule.name: missing; is nmae meant to be it?"),
+    (instead(schedule="{final: 0.1}"), "5: schedule.final: unknown key; there is warmup_epochs"),
     (instead(model="{hidden: [3]}"), "3: model.name: missing; there is cnn, mlp, perceptron"),
     (
         instead(model="{name: 3}"),

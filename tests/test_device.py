@@ -193,23 +193,24 @@ def test_be_deterministic_holds_for_torch_and_for_cublas(monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own
 
 
+PLACED = Placement(torch.device("cpu"), torch.float32, torch.contiguous_format, {"device": "cpu (asked for)"})
+
+
 def test_what_the_bits_depend_on_is_recorded():
-    cpu = torch.device("cpu")
     torch.set_num_threads(1)
-    one = bits_depend_on(cpu)
+    one = bits_depend_on(PLACED)
     torch.set_num_threads(2)
-    two = bits_depend_on(cpu)
+    two = bits_depend_on(PLACED)
     assert one == {
         "torch": torch.__version__,
         "device": f"cpu {platform.machine()}",
         "threads": 1,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "arithmetic": "float32",
+        "layout": "contiguous_format",
     }
     assert two == {**one, "threads": 2}
     assert json.loads(json.dumps(one)) == one
-
-
-PLACED = Placement(torch.device("cpu"), torch.float32, torch.contiguous_format, {"device": "cpu (asked for)"})
 
 
 def test_the_environment_names_software_and_reasons(monkeypatch):

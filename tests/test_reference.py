@@ -135,7 +135,9 @@ def test_a_component_without_documentation_is_listed_too(dltrain: Run, monkeypat
     monkeypatch.setattr(registry, "_entries", {kind: dict(each) for kind, each in registry._entries.items()})
 
     @registry.register("loss")
-    def bare(outputs: object, targets: object, *, pairs: tuple[int, int] = (1, 2), other: Any = None) -> None: ...
+    def bare(outputs: object, targets: object, *, pairs: tuple[int, int] = (1, 2), other: Any = None) -> None:
+        """other: one | the other"""
 
     assert "bare" in dltrain("list", "loss").out.splitlines()
     assert "| `pairs` | list of anything | `[1, 2]` |  |" in reference.markdown()
+    assert "| `other` | anything | `null` | one &#124; the other |" in reference.markdown()

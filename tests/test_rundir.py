@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dltrain import rundir
-from dltrain.errors import CheckpointError, OutputError, RunTakenError
+from dltrain.errors import CheckpointError, OtherFormatError, OutputError, RunTakenError
 from dltrain.rundir import RunFolder, create, latest, records, steps, write_atomically
 
 
@@ -293,11 +293,52 @@ def test_the_latest_is_the_highest_step_that_is_whole(tmp_path):
     newest = folder.checkpoints / "step-000000012.safetensors"
     newest.write_bytes(b"broken by a test")
     assert latest(folder.path, read, warnings.append) == "five"
-    assert warnings == [f"{newest}: broken by a test; the one before is used"]
+    assert warnings == [f"{newest}: broken by a test; it is passed over"]
 
     (folder.checkpoints / "step-000000005.safetensors").write_bytes(b"broken too")
     assert latest(folder.path, read, warnings.append) is None
     assert len(warnings) == 3
+
+
+def test_a_checkpoint_of_another_format_is_not_passed_over(tmp_path):
+    """Going on from the one before would lose what a newer dltrain has trained."""
+    folder = RunFolder(tmp_path / "run", resume=False)
+    folder.save(5, b"five")
+    folder.save(12, b"of another format")
+
+    def other(path: Path) -> str:
+        if "format" in path.read_text():
+            raise OtherFormatError(f"{path}: format 2")
+        return read(path)
+
+    with pytest.raises(OtherFormatError):
+        latest(folder.path, other, print)
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_no_fault(tmp_path):
+    folder = RunFolder(tmp_path / "run", resume=False)
+    folder.save(5, b"five")
+
+    def slow(path: Path) -> str:
+        if "000005" in path.name:  # the run goes on while this one is about to be opened
+            path.unlink()
+            folder.save(6, b"six")
+            raise CheckpointError(f"{path}: No such file or directory")
+        return read(path)
+
+    warnings: list[str] = []
+    assert latest(folder.path, slow, warnings.append) == "six"
+    assert warnings == []
+
+
+def test_later_saves_are_forgotten_with_their_records(tmp_path):
+    folder = RunFolder(tmp_path / "run", resume=False)
+    for step in (5, 12):
+        folder.save(step, b"x")
+        folder.append({"kind": "step", "step": step})
+    folder.forget_after(5)
+    assert [path.name for path in steps(folder.path)] == ["step-000000005.safetensors"]
+    assert [record["step"] for record in records(folder.path)] == [5]
 
 
 def test_only_what_a_checkpoint_is_blamed_for_is_passed_over(tmp_path):

@@ -96,6 +96,7 @@ WRONG = [
     layers(),
     layers("conv"),
     layers({"conv": {"kernel": 3}}),
+    layers({"conv": None}),
     layers({"conv": {"out": 3, "padding": "full"}}),
     layers({"repeat": 3}),
     layers({"relu": 3}),

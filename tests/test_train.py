@@ -164,6 +164,36 @@ def test_more_epochs_for_a_finished_run(dltrain: Run, config: Path) -> None:
     ]
 
 
+def test_a_finished_run_has_nothing_left_to_train(dltrain: Run, straight: Path) -> None:
+    shutil.copytree(straight, "run")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix != ".jsonl"}
+    done = dltrain("train", "--resume", "run")
+    assert done.code == 0
+    assert "this run is finished" in done.out
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_epoch_is_recorded_once_when_killed_after_it(
+    dltrain: Run, config: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save that is due with an epoch's last step waits for its evaluation."""
+    every = ("--set", f"train.checkpoint_every_steps={STEPS}")
+    with monkeypatch.context() as patch:
+        log_epoch = Log.epoch
+
+        def dying(self: Log, run: Any, *arguments: Any) -> None:
+            log_epoch(self, run, *arguments)
+            if run.progress.epoch == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(Log, "epoch", dying)
+        assert dltrain("train", config, "--out", "run", "-q", *every).code == 130
+    assert [line["epoch"] for line in rundir.records(Path("run")) if line["kind"] == "epoch"] == [1, 2]
+    assert dltrain("train", "--resume", "run", "-q").code == 0
+    assert [line["epoch"] for line in rundir.records(Path("run")) if line["kind"] == "epoch"] == [1, 2, 3, 4]
+    assert_same_end(straight, Path("run"))
+
+
 def test_what_a_resume_refuses(dltrain: Run, config: Path, straight: Path) -> None:
     shutil.copytree(straight, "run")
     other = config.with_name("other.yaml")
@@ -360,7 +390,11 @@ def test_tensorboard_shows_what_metrics_hold(dltrain: Run, config: Path, monkeyp
         shown = [(event.step, event.value) for event in events.Scalars(tag)]
         assert shown == [(line["step"], pytest.approx(line[key])) for line in lines]
     summary = json.loads(Path("run/summary.json").read_text())
-    assert events.Scalars("accuracy/test")[-1].value == pytest.approx(summary["test"]["accuracy"])
+    for split, score in (("val", "loss"), ("test", "accuracy")):
+        (final,) = events.Scalars(f"final/{split}_{score}")
+        assert final.value == pytest.approx(summary[split][score])
+    epochs = [line for line in rundir.records(Path("run")) if line["kind"] == "epoch"]
+    assert [event.step for event in events.Scalars("loss/val")] == [line["step"] for line in epochs]
     tags = events.Tags()
     assert set(tags["images"]) == {
         "images/train as the model sees them",
