@@ -99,12 +99,11 @@ class Log:
             return
         parts = [
             f"epoch {epoch:>{len(str(epochs))}}/{epochs}",
-            f"train loss {train['loss']:.4f}",
-            percent(train["accuracy"]),
+            f"train loss {train['loss']:.4f} {percent(train['accuracy']):>8}",
         ]
         if val:
-            parts += [f"val loss {val['loss']:.4f}", percent(val["accuracy"])]
-        parts += [f"{seconds:.3g} s"]
+            parts += [f"val loss {val['loss']:.4f} {percent(val['accuracy']):>8}"]
+        parts += [f"{f'{seconds:.3g} s':>7}"]
         if run.progress.best and run.progress.best.epoch == epoch:
             parts += ["best"]
         if self.console.is_terminal and self.console.width < 70:

@@ -2,7 +2,7 @@
 
     python docs/make_pictures.py
 
-Trains configs/digits_cnn.yaml and writes docs/terminal.svg, what the terminal shows, and docs/curves.png, the loss and
+Trains configs/digits_cnn.yaml and writes docs/terminal.svg, the lines that it prints, and docs/curves.png, the loss and
 accuracy that metrics.jsonl holds.
 """
 
@@ -24,7 +24,7 @@ NAME = "digits_cnn"
 
 def main() -> None:
     config = configs.load(shipped.find(NAME), ["train.epochs=12"])
-    console = Console(record=True, width=100, force_terminal=True, file=io.StringIO())
+    console = Console(record=True, width=92, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
         run = rundir.RunFolder(Path(folder) / "run", resume=False)
         summary = runs.start(config, run, console, quiet=False).summary
