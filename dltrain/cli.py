@@ -333,5 +333,7 @@ def run(arguments: list[str]) -> int:
         _drop_stdout()
         return 0
     except usage_error as error:
-        _say(f"error: {' '.join(error.format_message().split())}; see dltrain --help")
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if message:  # none where the help was the answer
+            _say(f"error: {message}; see dltrain --help")
         return 2

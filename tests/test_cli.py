@@ -256,6 +256,12 @@ def test_a_reader_that_goes_away_does_not_stop_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "run/summary.json").exists()
 
 
+def test_no_command_is_answered_by_the_help(dltrain: Run) -> None:
+    done = dltrain()
+    assert (done.code, done.err) == (2, "")
+    assert "check-gpu" in done.out
+
+
 def test_the_help_needs_no_torch() -> None:
     code = "import sys; from dltrain import cli; assert cli.run(['--help']) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
