@@ -73,10 +73,10 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
     whole.add_row("images/s", f"{scores['images_per_second']:,.0f}")
     console.print(whole)
     narrow = console.width < 72
-    headings = (
-        ["prec.", "recall", "type I", "type II"] if narrow else ["precision", "recall", "type I error", "type II error"]
-    )
-    classes = _table("class", *([] if narrow else ["images"]), *headings)
+    if narrow:
+        say(console, "precision, recall, type I and type II error, in %")
+    wide = ["images", "precision", "recall", "type I error", "type II error"]
+    classes = _table("class", *(["prec.", "recall", "I", "II"] if narrow else wide))
     for row in scores["per_class"]:
         values = [row[key] for key in ("precision", "recall", "type_1_error", "type_2_error")]
         shown = ["-" if value is None else f"{100 * value:.1f}" for value in values] if narrow else map(percent, values)

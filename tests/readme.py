@@ -1,4 +1,4 @@
-"""The README's shell commands, in order: run as a script it prints those of its first block, a line each."""
+"""The README's shell commands, in order: run as a script it prints those that install, a line each."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def blocks() -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    print("\n".join(blocks()[0]))
+    print(*blocks()[0], *blocks()[1], sep="\n")
