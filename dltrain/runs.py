@@ -16,12 +16,15 @@ from dltrain import config as configs
 from dltrain.build import Setup, build
 from dltrain.config import Config
 from dltrain.device import bits_depend_on, environment
-from dltrain.errors import CheckpointError, DeviceError
+from dltrain.errors import CheckpointError, ConfigError, DeviceError
 from dltrain.evaluate import Evaluation, evaluate
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
 from dltrain.state import Run, Tensors
 from dltrain.train import is_over, train
+
+# what a position in a run, and the images held out of it, depend on
+FIXED = ("seed:", "data.name:", "data.classes:", "data.limit:", "data.val:", "data.labels:", "descent.")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
@@ -69,6 +72,9 @@ def resume(
     before = saved[2]["config"] if saved else _written_config(folder.path)
     config = given(before)
     changes = differences(before, config.plain())
+    if fixed := [change for change in changes if change.startswith(FIXED)]:
+        text = "say which images an epoch has, which are held out, or how many make a step: start a new run for them"
+        raise ConfigError(f"{folder.path}: {'; '.join(fixed)}: these settings {text}")
     setup = build(config, log.note)
     run = new_run(setup)
     if saved is None:

@@ -201,6 +201,10 @@ def test_what_a_resume_refuses(dltrain: Run, config: Path, straight: Path) -> No
     refused = dltrain("train", other, "--out", "run", "--resume")
     assert refused.code == 2
     assert "optim.lr: 0.003 -> 0.004" in refused.err
+    for setting in ("seed=1", "data.val=100", "descent.batch_size=50", "data.limit=600"):
+        refused = dltrain("train", "--resume", "run", "--set", setting)
+        assert (refused.code, len(refused.err.splitlines())) == (2, 1)
+        assert setting.partition("=")[0] in refused.err
     torch.set_num_threads(torch.get_num_threads() + 1)
     refused = dltrain("train", "--resume", "run")
     assert refused.code == 4
