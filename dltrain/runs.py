@@ -23,8 +23,9 @@ from dltrain.rundir import RunFolder
 from dltrain.state import Run, Tensors
 from dltrain.train import is_over, train
 
-# what a position in a run, and the images held out of it, depend on
-FIXED = ("seed:", "data.name:", "data.classes:", "data.limit:", "data.val:", "data.labels:", "descent.")
+# what a position in a run, and the images held out of it, depend on; but for the latter
+FIXED = ("seed:", "data.", "descent.")
+FREE = ("data.root:", "data.verify:", "data.augment:")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
@@ -72,7 +73,7 @@ def resume(
     before = saved[2]["config"] if saved else _written_config(folder.path)
     config = given(before)
     changes = differences(before, config.plain())
-    if fixed := [change for change in changes if change.startswith(FIXED)]:
+    if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
         text = "say which images an epoch has, which are held out, or how many make a step: start a new run for them"
         raise ConfigError(f"{folder.path}: {'; '.join(fixed)}: these settings {text}")
     setup = build(config, log.note)
