@@ -304,7 +304,7 @@ def verdict(facts: Facts) -> Verdict:
         return judged
     mend = judged.mend
     if REINSTALL not in mend:
-        mend = f"{REINSTALL} with the --index-url from {SELECTOR}" + (f"; {mend}" if mend else "")
+        mend = f"{REINSTALL} with the package index from {SELECTOR}" + (f"; {mend}" if mend else "")
     return Verdict(judged.level, f"{judged.line}; {mismatch}: torchvision may fail", mend)
 
 
@@ -315,7 +315,7 @@ def _judge_devices(facts: Facts) -> Verdict:
         capability = device.get("compute_capability")
         if capability and built["build"] == "cuda" and not _has_code_for(capability, built["architectures"]):
             line = f"torch {built['version']} has no code for {_name(device)}, compute capability {capability}"
-            mend = f"{REINSTALL} with the --index-url that {SELECTOR} gives for another CUDA version"
+            mend = f"{REINSTALL} with the package index that {SELECTOR} gives for another CUDA version"
             return Verdict("broken", line, mend)
         failed = [test for test in device["tests"] if test["result"] == "fail"]
         if failed:
@@ -339,7 +339,7 @@ def _why_no_gpu(facts: Facts) -> tuple[str, str]:
         return line, "--allow-cpu if the CPU is meant; with an NVIDIA card, https://www.nvidia.com/drivers"
     card, reason = driver["gpus"][0], _error(facts, "cuda") or "torch gives no reason"
     visible = facts["environment"].get("CUDA_VISIBLE_DEVICES")
-    older_build = f"{REINSTALL} with the --index-url that {SELECTOR} gives for CUDA {driver['cuda']} or older"
+    older_build = f"{REINSTALL} with the package index that {SELECTOR} gives for CUDA {driver['cuda']} or older"
     if built["build"] != "cuda":
         return f"{wheel} cannot use the {card}", older_build
     if _major(driver["cuda"]) < _major(built["built_for"]):  # within a major version an older driver will do

@@ -76,7 +76,7 @@ MACHINES = {
         recorded(torch=CPU_WHEEL, torchvision=CPU_VISION),
         "no_gpu",
         "torch 2.15.0+cpu (CPU build) cannot use the NVIDIA H200",
-        "pip install --force-reinstall torch torchvision with the --index-url that "
+        "pip install --force-reinstall torch torchvision with the package index that "
         "https://pytorch.org/get-started/locally gives for CUDA 13.0 or older",
     ),
     "CUDA wheel, no driver": (recorded(driver=None), "no_gpu", "there is no NVIDIA driver", "--allow-cpu"),
