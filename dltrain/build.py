@@ -125,4 +125,6 @@ def _check_batchnorm(model: nn.Module, shape: tuple[int, ...], images: int) -> N
         text = (
             f"'{alone[0]}' sees one image at a time, at least in the last step of an epoch, and has nothing to average"
         )
-        raise ConfigError(f"batchnorm {text}; choose another descent.batch_size, data.val or data.limit")
+        raise ConfigError(
+            f"batchnorm {text}; choose another descent.batch_size, data.val or data.limit, or leave it out"
+        )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -102,6 +103,8 @@ def train(
     overrides = [*overrides, *([f"train.device={device}"] if device else [])]
     if allow_inexact and not resume:
         raise ConfigError("--allow-inexact says how to resume: it needs --resume")
+    if resume and dry_run:
+        raise ConfigError("--dry-run keeps nothing and --resume goes on with a run: give one of them")
     if resume:
         _resume(config, overrides, out, allow_inexact, quiet, as_json)
         return
@@ -332,6 +335,12 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `| head -1`: whoever read has read enough
         _drop_stdout()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
+        _drop_stdout()
+        _say(f"error: standard output: {error.strerror} (errno {error.errno})")
+        return OutputError.exit_code
     except usage_error as error:
         message = " ".join(error.format_message().split()).rstrip(".")
         if message:  # none where the help was the answer

@@ -80,8 +80,9 @@ class RunFolder:
         if (path / "config.yaml").exists() and not resume:
             self.close()
             raise RunTakenError(f"{path}: holds a run already; go on with it by --resume, or give another --out")
-        for leftover in (*path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a save that was killed
-            leftover.unlink()
+        for leftover in (*path.iterdir(), *self.checkpoints.iterdir()):
+            if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", leftover.name):  # of a write_atomically that was killed
+                leftover.unlink()
 
     @property
     def checkpoints(self) -> Path:
@@ -91,10 +92,13 @@ class RunFolder:
         self.lock.release()
 
     def discard(self) -> None:
-        """Takes back a folder that this process made and trained nothing in."""
+        """Takes back a folder in which nothing was trained: all of it where this process made it."""
         self.close()
         if self.made:
             shutil.rmtree(self.path)
+        else:
+            (self.path / ".lock").unlink(missing_ok=True)
+            self.checkpoints.rmdir()
 
     def write(self, name: str, content: str | bytes) -> None:
         write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)

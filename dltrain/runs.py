@@ -23,8 +23,8 @@ from dltrain.rundir import RunFolder
 from dltrain.state import Run, Tensors
 from dltrain.train import is_over, train
 
-# what a position in a run, and the images held out of it, depend on; but for the latter
-FIXED = ("seed:", "data.", "descent.")
+# what a position in a run, the images held out of it and the best so far depend on; but for the latter
+FIXED = ("seed:", "data.", "descent.", "loss.", "train.choose_by:")
 FREE = ("data.root:", "data.verify:", "data.augment:")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
@@ -74,7 +74,7 @@ def resume(
     config = given(before)
     changes = differences(before, config.plain())
     if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
-        text = "say which images an epoch has, which are held out, or how many make a step: start a new run for them"
+        text = "say what an epoch, a step, the held-out images or the best weights so far are: start a new run for them"
         raise ConfigError(f"{folder.path}: {'; '.join(fixed)}: these settings {text}")
     setup = build(config, log.note)
     run = new_run(setup)
@@ -91,6 +91,7 @@ def resume(
     if not changes and is_over(run) and (folder.path / "summary.json").exists():
         log.note("this run is finished; --set train.epochs=… trains it further")
         return Result(json.loads((folder.path / "summary.json").read_text(encoding="utf-8")), folder.path)
+    (folder.path / "summary.json").unlink(missing_ok=True)  # of what the run was; it says that a run is finished
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
 

@@ -86,8 +86,9 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
     widest = max(len(str(count)) for row in matrix for count in row)
     if len(matrix) * (widest + 2) + 14 <= console.width:
         table = _table("true \\ predicted", *(str(number) for number in range(len(matrix))))
-        for row, counts in zip(scores["per_class"], matrix, strict=True):
-            table.add_row(row["class"], *(str(count) if count else "·" for count in counts))
+        for number, (row, counts) in enumerate(zip(scores["per_class"], matrix, strict=True)):
+            name = row["class"] if row["class"] == str(number) else f"{number} {row['class']}"
+            table.add_row(name, *(str(count) if count else "·" for count in counts))
         console.print(table)
     else:
         say(console, "confusion matrix: --json has it; TensorBoard shows it")

@@ -65,6 +65,7 @@ class Trained:
     placement: Placement
     files: dict[str, str]  # the data it was trained on: name -> digest
     step: int
+    chosen_by: str  # what named this step: val_accuracy, val_loss or last
 
 
 def _read(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
@@ -110,7 +111,8 @@ def load(path: Path, device: str, warn: Callable[[str], None]) -> Trained:
     model.eval()
     normalise = Normalise(normalisation, placement.device, placement.memory_format)
     shape = (channels, height, width)
-    return Trained(path, config, model, classes, shape, normalise, placement, meta.data.files, meta.step)
+    chosen_by = "last" if "progress" in found else config.chosen_by  # a step's file is whatever was last saved
+    return Trained(path, config, model, classes, shape, normalise, placement, meta.data.files, meta.step, chosen_by)
 
 
 def judge(
@@ -134,7 +136,7 @@ def judge(
         "data": trained.config.data.source.name,
         "data_verified": data.verified,
         "split": split,
-        "chosen_by": trained.config.chosen_by,
+        "chosen_by": trained.chosen_by,
         **{key: trained.placement.why[key] for key in ("device", "precision")},
         "loss": evaluation.loss,
         "images_per_second": round(len(evaluation.labels) / evaluation.seconds, 1),

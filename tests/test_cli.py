@@ -141,6 +141,7 @@ def test_eval_writes_a_row_an_image(dltrain: Run, trained: Path) -> None:
         (["train", "digits_mlp", "--device", "gpu"], 2, "expected auto, cpu, mps, cuda or cuda:N"),
         (["train", "digits_mlp", "--allow-inexact"], 2, "--resume"),
         (["train", "digits_mlp", "--resume"], 2, "expected a run's folder"),
+        (["train", "digits_mlp", "--resume", "--dry-run"], 2, "give one of them"),
         (["train", "digits_mlp", "--nonsense"], 2, "--nonsense"),
         (["train"], 2, "CONFIG"),
         (["train", "x" * 5000], 2, "name too long"),
@@ -298,6 +299,24 @@ def test_shipped_configs_are_found_by_name_from_anywhere(dltrain: Run) -> None:
         assert dltrain("config", "check", name).code == 0
     shown = " ".join(dltrain("config", "list").out.split())
     assert all(name in shown for name in shipped.names())
+
+
+def test_a_stdout_that_is_full_is_an_output_error(trained: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dltrain", "eval", str(trained), "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 6
+    assert done.stderr.splitlines()[-1].startswith("error: standard output: No space left on device")
+
+
+def test_a_steps_checkpoint_says_that_it_is_the_last(dltrain: Run, trained: Path) -> None:
+    (step,) = (trained / "checkpoints").glob("*.safetensors")
+    assert json.loads(dltrain("eval", step, "--json").out)["chosen_by"] == "last"
+    assert json.loads(dltrain("eval", trained, "--json").out)["chosen_by"] == "val_loss"
 
 
 def test_a_colourless_terminal_is_honoured(tmp_path: Path) -> None:

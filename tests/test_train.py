@@ -18,7 +18,7 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dltrain import checkpoint, cli, rundir, state, train
+from dltrain import checkpoint, cli, rundir, runs, state, train
 from dltrain.data.digits import digits
 from dltrain.data.files import Files
 from dltrain.data.prepare import generator
@@ -164,6 +164,21 @@ def test_more_epochs_for_a_finished_run(dltrain: Run, config: Path) -> None:
     ]
 
 
+def test_an_extended_run_that_is_cut_off_does_not_show_its_old_results(
+    dltrain: Run, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(straight, "run")
+
+    def cut_off(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_finish", cut_off)
+        assert dltrain("train", "--resume", "run", "-q", "--set", "train.epochs=5").code == 130
+    summary = json.loads(dltrain("train", "--resume", "run", "-q", "--json").out)
+    assert (summary["epochs"], summary["steps"]) == (5, 5 * STEPS)
+
+
 def test_a_finished_run_has_nothing_left_to_train(dltrain: Run, straight: Path) -> None:
     shutil.copytree(straight, "run")
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix != ".jsonl"}
@@ -201,7 +216,7 @@ def test_what_a_resume_refuses(dltrain: Run, config: Path, straight: Path) -> No
     refused = dltrain("train", other, "--out", "run", "--resume")
     assert refused.code == 2
     assert "optim.lr: 0.003 -> 0.004" in refused.err
-    for setting in ("seed=1", "data.val=100", "descent.batch_size=50", "data.limit=600"):
+    for setting in ("seed=1", "data.val=100", "descent.batch_size=50", "data.limit=600", "train.choose_by=val_loss"):
         refused = dltrain("train", "--resume", "run", "--set", setting)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
         assert setting.partition("=")[0] in refused.err
@@ -358,6 +373,10 @@ def test_parts_that_do_not_fit_each_other_are_refused(
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert expected in done.err
     assert not Path("run").exists()
+    Path("own").mkdir()
+    Path("own/.mine.tmp").touch()
+    assert dltrain("train", config, "--out", "own", *settings).code == 2
+    assert list(Path("own").rglob("*")) == [Path("own/.mine.tmp")]  # as it was
 
 
 def test_a_folder_that_is_taken(dltrain: Run, config: Path, straight: Path) -> None:
