@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,14 @@ def _drop_stdout() -> None:
 
 def _console(to_stderr: bool = False) -> Console:
     return _Console(stderr=to_stderr)
+
+
+def _show(found: Any, as_json: bool, table: Callable[[Any, Console], None], console: Console) -> None:
+    """Prints what a command found, for a program or for a person."""
+    if as_json:
+        _print_json(found)
+    else:
+        table(found, console)
 
 
 def _print_json(value: Any) -> None:
@@ -118,9 +127,9 @@ def train(
 
     folder = rundir.RunFolder(out, resume=False) if out else rundir.create(Path("runs"), loaded.name)
     with contextlib.closing(folder):
-        from dltrain import runs
+        from dltrain import runs, tables
 
-        _print_result(runs.start(loaded, folder, notes, quiet).summary, notes, as_json)
+        _show(runs.start(loaded, folder, notes, quiet), as_json, tables.result, notes)
 
 
 def _resume(
@@ -136,7 +145,7 @@ def _resume(
     wanted = _load(config, overrides) if out else None
     notes = _console(to_stderr=as_json)
     with contextlib.closing(rundir.RunFolder(path, resume=True)) as folder:
-        from dltrain import runs
+        from dltrain import runs, tables
 
         def given(before: dict[str, Any]) -> Config:
             after = configs.from_plain(before, str(path), overrides)
@@ -145,7 +154,7 @@ def _resume(
                 raise ConfigError(f"{config}: is not what this run was started with ({'; '.join(others[:5])}): {mend}")
             return after
 
-        _print_result(runs.resume(folder, given, notes, quiet, allow_inexact).summary, notes, as_json)
+        _show(runs.resume(folder, given, notes, quiet, allow_inexact), as_json, tables.result, notes)
 
 
 def _load(config: str, overrides: list[str]) -> Config:
@@ -160,19 +169,7 @@ def _dry_run(config: Config, notes: Console, as_json: bool) -> None:
     from dltrain.dryrun import dry_run
 
     found = dry_run(config, lambda text: tables.say(notes, text))
-    if as_json:
-        _print_json(found)
-    else:
-        tables.dry_run(found, notes)
-
-
-def _print_result(summary: dict[str, Any], notes: Console, as_json: bool) -> None:
-    from dltrain import tables
-
-    if as_json:
-        _print_json(summary)
-    else:
-        tables.result(summary, notes)
+    _show(found, as_json, tables.dry_run, notes)
 
 
 @app.command(name="eval")
@@ -199,10 +196,7 @@ def evaluate(
     scores, found = trained.judge(model, split, data_root, _say)
     if out:
         rundir.write_atomically(out, trained.predictions_csv(model, found).encode())
-    if as_json:
-        _print_json(scores)
-    else:
-        tables.evaluation(scores, notes)
+    _show(scores, as_json, tables.evaluation, notes)
 
 
 @app.command(name="check-gpu")
@@ -288,10 +282,7 @@ def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
     from dltrain import catalogue, tables
 
     rows = catalogue.presence(data_root)
-    if as_json:
-        _print_json(rows)
-    else:
-        tables.data(rows, _console())
+    _show(rows, as_json, tables.data, _console())
 
 
 @data_app.command(name="get")

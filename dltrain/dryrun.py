@@ -42,9 +42,8 @@ def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
         *(value for each in run.optimizer.state.values() for value in each.values() if torch.is_tensor(value))
     )
     half = 2 if setup.placement.dtype == torch.bfloat16 else 4
-    splits = [split for split in (setup.data.train, setup.data.val, setup.data.test) if split is not None]
     memory = {
-        "data": _bytes(*(tensor for split in splits for tensor in (split.images, split.labels))),
+        "data": _bytes(*(tensor for split in setup.data.splits.values() for tensor in (split.images, split.labels))),
         "weights": weights,
         "gradients": _bytes(*setup.model.parameters()),
         "optimizer": state,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,8 @@ FREE = ("data.root:", "data.verify:", "data.augment:")
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run came to."""
-
-    summary: dict[str, Any]  # as summary.json has it
-    folder: Path
-
-
-def start(config: Config, folder: RunFolder, console: Console, quiet: bool) -> Result:
-    """Trains a new run in its folder; a folder in which nothing could be trained is taken back."""
+def start(config: Config, folder: RunFolder, console: Console, quiet: bool) -> dict[str, Any]:
+    """Trains a new run and gives its summary; a folder in which nothing could be trained is taken back."""
     log = Log(folder, console, quiet)
     try:
         setup = build(config, log.note)
@@ -63,7 +54,7 @@ def resume(
     console: Console,
     quiet: bool,
     allow_inexact: bool,
-) -> Result:
+) -> dict[str, Any]:
     """Goes on with a run from its latest checkpoint that is whole, or from its start where there is none.
 
     given: the config to go on with, from the one that the checkpoint holds
@@ -90,7 +81,8 @@ def resume(
     folder.write("config.yaml", config.yaml())
     if not changes and is_over(run) and (folder.path / "summary.json").exists():
         log.note("this run is finished; --set train.epochs=… trains it further")
-        return Result(json.loads((folder.path / "summary.json").read_text(encoding="utf-8")), folder.path)
+        finished: dict[str, Any] = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
+        return finished
     (folder.path / "summary.json").unlink(missing_ok=True)  # of what the run was; it says that a run is finished
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
@@ -123,7 +115,7 @@ def _refuse_other_bits(saved: Saved, setup: Setup, allow_inexact: bool) -> None:
         raise CheckpointError(f"{path}: {text}")
 
 
-def _train(run: Run, folder: RunFolder, log: Log) -> Result:
+def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     setup = run.setup
     folder.write("environment.json", json.dumps(environment(setup.placement), indent=2) + "\n")
     for line in describe(setup):
@@ -138,7 +130,7 @@ def _train(run: Run, folder: RunFolder, log: Log) -> Result:
         log.close()
 
 
-def _finish(run: Run, folder: RunFolder, log: Log) -> Result:
+def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     """Scores the chosen weights on every split: the one use of the test split."""
     setup = run.setup
     best = run.progress.best
@@ -146,14 +138,13 @@ def _finish(run: Run, folder: RunFolder, log: Log) -> Result:
         setup.model.load_state_dict(best.weights)
     scores = {
         name: evaluate(setup.model, split, setup.normalise, setup.placement, setup.config.loss)
-        for name, split in (("train", setup.data.train), ("val", setup.data.val), ("test", setup.data.test))
-        if split is not None
+        for name, split in setup.data.splits.items()
     }
     summary = _summary(run, folder.path, scores)
     folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
     if log.board:
         log.board.end(scores, run.global_step)
-    return Result(summary, folder.path)
+    return summary
 
 
 def describe(setup: Setup) -> list[str]:

@@ -27,7 +27,7 @@ def main() -> None:
     console = Console(record=True, width=92, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
         run = rundir.RunFolder(Path(folder) / "run", resume=False)
-        summary = runs.start(config, run, console, quiet=False).summary
+        summary = runs.start(config, run, console, quiet=False)
         tables.result({**summary, "run": f"runs/{NAME}/2026-11-25T10-00-00"}, console)
         records = list(rundir.records(run.path))
         run.close()

@@ -36,12 +36,16 @@ class Prepared:
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """By name: train, val where images are held out, test."""
+        return {"train": self.train, **({"val": self.val} if self.val else {}), "test": self.test}
+
     def split(self, name: str) -> Split:
         """Raises ConfigError where the run holds no images out."""
-        found: Split | None = getattr(self, name)
-        if found is None:
+        if name not in self.splits:
             raise ConfigError("this run has no val split: its config holds no images out (data.val: 0)")
-        return found
+        return self.splits[name]
 
 
 def generator(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
