@@ -42,12 +42,17 @@ from dltrain.errors import ConfigError
 KINDS = {
     "data": "data sets: `(files) -> Dataset`",
     "augmentation": "augmentations: `(images, random) -> images`, both uint8 `[B, C, H, W]`",
+    "mixing": "mixings: `(images, targets, random) -> (images, targets)`, uint8 `[B, C, H, W]`, float32 `[B, classes]`",
     "model": "models: `(shape, outputs) -> nn.Module`, from `[B, *shape]` to `[B, outputs]`",
     "layer": "layers: `(shape, outputs) -> nn.Module`",
     "activation": "activations: `(shape, outputs) -> nn.Module`",
+    "init": "initialisations: `(weight) -> None`, in place",
+    "data_init": "initialisations from data: `(layer, inputs) -> None`, in place",
     "loss": "losses: `(outputs, targets) -> scalar`",
     "optim": "optimizers: `(params) -> torch.optim.Optimizer`",
     "schedule": "schedules: `(epoch, epochs) -> multiplier of the learning rate`",
+    "feedback": "schedules that follow results: `(losses) -> multiplier of the learning rate`, a loss an epoch so far",
+    "average": "averages of the weights: `(step, steps_per_epoch, epochs) -> share of the weights of that step`",
 }
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -335,4 +340,5 @@ class Item(_Written):
 
 Activation = Annotated[Component, Item("activation")]
 Layers = Annotated[list[Annotated[Component, Item("layer", "activation")]], Field(min_length=1)]
-Augmentations = list[Annotated[Component, Item("augmentation")]]
+Augmentations = list[Annotated[Component, Item("augmentation", "mixing")]]
+Init = Annotated[Component, Item("init", "data_init")]

@@ -15,7 +15,7 @@ PACKAGE = Path(dltrain.__file__).parent
 LEVELS = [
     {"errors", "lazy", "tables", "__init__"},
     {"registry", "yamlfile"},
-    {"data.dataset", "data.download"},
+    {"data.dataset", "data.download", "data.random"},
     {"data.files", "models.activations", "modules", "losses", "optim", "schedules", "data.augment", "metrics"},
     {"data.mnist", "data.cifar", "data.digits", "models.layers", "models.perceptron", "models.mlp", "gpu", "rundir"},
     {"models.cnn", "checkpoint", "device"},
@@ -52,7 +52,7 @@ LIGHT = {
     ),
     *("losses", "optim", "schedules", "rundir", "tables", "gpu"),
     *("data.dataset", "data.files", "data.download", "data.mnist", "data.cifar", "data.digits", "data.augment"),
-    *("data.prepare", "data.batches"),
+    *("data.prepare", "data.batches", "data.random"),
     *("models.activations", "models.layers", "models.perceptron", "models.mlp", "models.cnn"),
 }
 HEAVY = {"torch", "torchvision", "sklearn", "matplotlib", "safetensors", "tensorboard", "scipy", "pandas"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dltrain.data.dataset import Dataset, Split
-from dltrain.data.prepare import Prepared, generator, measure_normalisation, prepare
+from dltrain.data.prepare import Prepared, measure_normalisation, prepare
+from dltrain.data.random import generator
 from dltrain.errors import ConfigError
 
 NAMES = ("ant", "bee", "cat", "0")

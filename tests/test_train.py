@@ -21,7 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dltrain import checkpoint, cli, rundir, runs, state, train
 from dltrain.data.digits import digits
 from dltrain.data.files import Files
-from dltrain.data.prepare import generator
+from dltrain.data.random import generator
 from dltrain.logs import Log
 
 # dropout, batch norm, augmentation, Adam, an uneven last batch, mid-epoch log lines: whatever has a state

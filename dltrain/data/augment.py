@@ -10,23 +10,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dltrain.data.random import Random
 from dltrain.lazy import F, torch
 from dltrain.registry import Fraction, PositiveInt, register
 
 
 @register("augmentation")
-def flip(images: torch.Tensor, random: torch.Generator, *, probability: Fraction = 0.5) -> torch.Tensor:
+def flip(images: torch.Tensor, random: Random, *, probability: Fraction = 0.5) -> torch.Tensor:
     """Mirrors left and right.
 
     probability: share of the images that are mirrored
     """
-    mirrored = torch.rand(len(images), generator=random, device=images.device) < probability  # [B]
+    mirrored = random.uniform(len(images)) < probability  # [B]
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
 @register("augmentation")
 def translate(
-    images: torch.Tensor, random: torch.Generator, *, pixels: PositiveInt, pad: Literal["zero", "reflect"] = "zero"
+    images: torch.Tensor, random: Random, *, pixels: PositiveInt, pad: Literal["zero", "reflect"] = "zero"
 ) -> torch.Tensor:
     """Shifts by whole pixels, down or up and right or left: the same as padding, then cropping at random.
 
@@ -45,14 +46,14 @@ def translate(
         padded = _reflect(_reflect(images, pixels, dim=2), pixels, dim=3)
     else:
         padded = F.pad(images, (pixels, pixels, pixels, pixels))
-    down, right = torch.randint(2 * pixels + 1, (2, batch), generator=random, device=images.device)
+    down, right = random.integers(2 * pixels + 1, 2, batch)
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, C, 2 pixels + 1, 2 pixels + 1, H, W]
     return crops[torch.arange(batch, device=images.device), :, down, right]
 
 
 @register("augmentation")
 def cutout(
-    images: torch.Tensor, random: torch.Generator, *, size: PositiveInt, fill: Annotated[int, Field(ge=0, le=255)] = 128
+    images: torch.Tensor, random: Random, *, size: PositiveInt, fill: Annotated[int, Field(ge=0, le=255)] = 128
 ) -> torch.Tensor:
     """Blanks a square whose centre may be any pixel, clipped at the border (DeVries & Taylor 2017).
 
@@ -60,16 +61,16 @@ def cutout(
     fill: what the square is filled with, 0 (black) to 255 (white)
     """
     batch, _, height, width = images.shape
-    rows = _span(batch, height, size, random, images.device)
-    columns = _span(batch, width, size, random, images.device)
+    rows = _span(batch, height, size, random)
+    columns = _span(batch, width, size, random)
     square = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
     return images.masked_fill(square, fill)
 
 
-def _span(batch: int, length: int, size: int, random: torch.Generator, device: torch.device) -> torch.Tensor:
+def _span(batch: int, length: int, size: int, random: Random) -> torch.Tensor:
     """bool `[B, length]`: the `size` places around a centre drawn for each image, as far as they lie within."""
-    centre = torch.randint(length, (batch, 1), generator=random, device=device)
-    place = torch.arange(length, device=device) - centre + size // 2
+    centre = random.integers(length, batch, 1)
+    place = torch.arange(length, device=random.device) - centre + size // 2
     return (place >= 0) & (place < size)
 
 

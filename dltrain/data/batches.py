@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dltrain.data.dataset import Split
-from dltrain.data.prepare import Normalisation, generator
+from dltrain.data.prepare import Normalisation
+from dltrain.data.random import Random, generator
 from dltrain.lazy import torch
 from dltrain.registry import Component
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dltrain.data.dataset import Dataset, Split
+from dltrain.data.random import generator
 from dltrain.errors import ConfigError
 from dltrain.lazy import torch
 
@@ -46,12 +46,6 @@ class Prepared:
         if name not in self.splits:
             raise ConfigError("this run has no val split: its config holds no images out (data.val: 0)")
         return self.splits[name]
-
-
-def generator(*parts: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on the parts and nothing else: ("order", seed, epoch), say."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 def prepare(
