@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,12 +10,18 @@ import torch
 from torch import nn
 
 from dltrain.config import Config
-from dltrain.data.batches import Batches, Normalise
+from dltrain.data.batches import Batches, Normalise, shares
 from dltrain.data.dataset import Dataset
 from dltrain.data.files import Files, data_root
 from dltrain.data.prepare import Prepared, prepare
 from dltrain.device import Placement, be_deterministic, place
 from dltrain.errors import ConfigError
+from dltrain.groups import Optimizers, freeze, make
+from dltrain.losses import balanced_weights
+from dltrain.models.initial import initialise_from_data, wants_data
+from dltrain.registry import Component
+
+INITIAL_IMAGES = 5000  # that weights are initialised from, as in Jordan 2024 (arXiv 2404.00498)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class Setup:
     config: Config
     data: Prepared
     model: nn.Module
+    optimizers: Optimizers
+    loss: Component
     outputs: int  # of the model: the classes, or 1 for a sigmoid
     placement: Placement
     normalise: Normalise
@@ -44,6 +53,8 @@ class Setup:
             step_size=self.step_size,
             micro_size=self.micro_size,
             augment=self.config.data.augment,
+            classes=len(self.data.classes),
+            balance=self.config.data.balance,
             device=self.placement.device,
         )
 
@@ -80,10 +91,15 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
     """Builds all of a run.  Raises ConfigError where its parts do not fit each other."""
     if config.train.deterministic:
         be_deterministic()
-    config.optim.build([nn.Parameter(torch.zeros(1))])  # what it refuses is said before any data is read
+    for source in (config.optim.source, *(group.source for group in config.optim.groups)):
+        source.build([nn.Parameter(torch.zeros(2, 2))])  # what it refuses is said before any data is read
     data = load_data(config, None, note)
     outputs = outputs_of(config, len(data.classes))
-    config.loss.build(torch.zeros(2, outputs), torch.tensor([0, len(data.classes) - 1]))
+    loss = loss_of(config, data.train.labels, len(data.classes))
+    targets = torch.tensor([0, len(data.classes) - 1])
+    if any(each.kind == "mixing" for each in config.data.augment):
+        loss.build(torch.zeros(2, outputs), shares(targets, len(data.classes)))
+    loss.build(torch.zeros(2, outputs), targets)
     step_size, micro_size = config.descent.sizes(len(data.train))
     if step_size > len(data.train):
         text = f"{step_size} images in a batch, {len(data.train)} in the training set"
@@ -91,9 +107,21 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
     model = build_model(config, data.shape, len(data.classes))
     placement = place(config.train.device, config.train.precision, config.train.memory_format, model)
     placement.take(model)
+    freeze(model, config.model.frozen)
+    optimizers = make(model, config)
     _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
     normalise = Normalise(data.normalisation, placement.device, placement.memory_format)
-    return Setup(config, data, model, outputs, placement, normalise, step_size, micro_size)
+    if wants_data(model):
+        initialise_from_data(model, normalise(data.train.images[:INITIAL_IMAGES].to(placement.device)))
+    return Setup(config, data, model, optimizers, loss, outputs, placement, normalise, step_size, micro_size)
+
+
+def loss_of(config: Config, labels: torch.Tensor, classes: int) -> Component:
+    """The config's loss, its balanced weights worked out from the training labels."""
+    if config.loss.args.get("class_weights") != "balanced":
+        return config.loss
+    weights = balanced_weights(labels, classes)
+    return dataclasses.replace(config.loss, args={**config.loss.args, "class_weights": weights})
 
 
 def _smallest(images: int, step_size: int, micro_size: int) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from dltrain.errors import CheckpointError, OtherFormatError
 
-FORMAT = 1
+FORMAT = 2
 MAX_HEADER = 32 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB
 
 _ZEROS = b"0" * 64
@@ -30,12 +30,24 @@ _DIGEST = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
 def encode(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> bytes:
     """A checkpoint's bytes; a function of its arguments alone."""
     text = json.dumps({"sha256": _ZEROS.decode(), "format": FORMAT, **meta}, separators=(",", ":"))
-    raw = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"dltrain": text})
+    raw = safetensors.torch.save(_apart(tensors), {"dltrain": text})
     found = _DIGEST.search(raw)
     assert found is not None
     start, end = found.span(1)
     digest = hashlib.sha256(raw).hexdigest().encode()
     return b"".join([memoryview(raw)[:start], digest, memoryview(raw)[end:]])
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, contiguous and each with memory of its own, as safetensors wants them."""
+    apart: dict[str, torch.Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if where in memory else tensor
+        memory.add(where)
+    return apart
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

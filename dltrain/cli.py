@@ -35,6 +35,9 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
+Plugins = Annotated[
+    list[Path], typer.Option("--plugin", metavar="FILE", help="A Python file that a checkpoint's config names; repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DataRoot = Annotated[str | None, typer.Option("--data-root", metavar="DIR", help="Where the data sets lie.")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
@@ -105,6 +108,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve everything, show the layers, compute one batch, stop.")
     ] = False,
+    plugin: Plugins = [],  # noqa: B006
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -112,10 +116,12 @@ def train(
     overrides = [*overrides, *([f"train.device={device}"] if device else [])]
     if allow_inexact and not resume:
         raise ConfigError("--allow-inexact says how to resume: it needs --resume")
+    if plugin and not resume:
+        raise ConfigError("--plugin names code for a checkpoint to resume; a config names its own: plugins: [my_module.py]")
     if resume and dry_run:
         raise ConfigError("--dry-run keeps nothing and --resume goes on with a run: give one of them")
     if resume:
-        _resume(config, overrides, out, allow_inexact, quiet, as_json)
+        _resume(config, overrides, out, allow_inexact, plugin, quiet, as_json)
         return
     loaded = _load(config, overrides)
     notes = _console(to_stderr=as_json)
@@ -133,7 +139,13 @@ def train(
 
 
 def _resume(
-    config: str, overrides: list[str], out: Path | None, allow_inexact: bool, quiet: bool, as_json: bool
+    config: str,
+    overrides: list[str],
+    out: Path | None,
+    allow_inexact: bool,
+    plugins: list[Path],
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     from dltrain import config as configs
     from dltrain import rundir
@@ -143,18 +155,19 @@ def _resume(
         text = "expected a run's folder: dltrain train --resume RUN, or dltrain train CONFIG --out RUN --resume"
         raise ConfigError(f"{path}: {text}")
     wanted = _load(config, overrides) if out else None
+    trusted = [*plugins, *(Path(path) for path in wanted.plugins)] if wanted else plugins
     notes = _console(to_stderr=as_json)
     with contextlib.closing(rundir.RunFolder(path, resume=True)) as folder:
         from dltrain import runs, tables
 
         def given(before: dict[str, Any]) -> Config:
-            after = configs.from_plain(before, str(path), overrides)
+            after = configs.from_plain(before, str(path), overrides, trusted)
             if wanted and (others := runs.differences(after.plain(), wanted.plain())):
                 mend = "give them by --set, or resume by `dltrain train --resume` with the folder alone"
                 raise ConfigError(f"{config}: is not what this run was started with ({'; '.join(others[:5])}): {mend}")
             return after
 
-        _show(runs.resume(folder, given, notes, quiet, allow_inexact), as_json, tables.result, notes)
+        _show(runs.resume(folder, given, notes, quiet, allow_inexact, trusted), as_json, tables.result, notes)
 
 
 def _load(config: str, overrides: list[str]) -> Config:
@@ -179,6 +192,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="CSV", help="Write each image's prediction to this file.")] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     data_root: DataRoot = None,
+    plugin: Plugins = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Evaluate a trained model.  It needs no config, and runs no code from the file."""
@@ -192,7 +206,7 @@ def evaluate(
     from dltrain import rundir, tables, trained
 
     notes = _console(to_stderr=as_json)
-    model = trained.load(checkpoint, device, _say)
+    model = trained.load(checkpoint, device, _say, plugin)
     scores, found = trained.judge(model, split, data_root, _say)
     if out:
         rundir.write_atomically(out, trained.predictions_csv(model, found).encode())

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
 import dltrain.components  # noqa: F401  registers what a config can name
+from dltrain import plugins as plugin_files
 from dltrain import registry, yamlfile
 from dltrain.errors import ConfigError
 from dltrain.registry import (
@@ -49,7 +50,7 @@ class _Shared(Settings):
     @classmethod
     def _known_keys(cls, data: Any, handler: Callable[[Any], Any]) -> Any:
         entry, settings = cls.written().split(data)
-        shared = [name for name in cls.model_fields if name != "source"]
+        shared = [field.alias or name for name, field in cls.model_fields.items() if name != "source"]
 
         def whole(known: Mapping[str, Any]) -> Any:
             source = {key: value for key, value in known.items() if key not in shared}
@@ -74,6 +75,8 @@ def _plain_value(value: Any) -> Any:
     """A shared setting as YAML would have it."""
     if isinstance(value, list):
         return [_plain_value(item) for item in value]
+    if isinstance(value, Settings):
+        return value.model_dump()
     return registry.Item(value.kind).write(value) if isinstance(value, Component) else value
 
 
@@ -85,6 +88,7 @@ class Data(_Shared):
     val: images (or a fraction of the training images) held out to choose and stop by; 0: none
     classes: keep only these classes, by number or name, renumbered in this order
     limit: train on a seeded subset of this many images (before `val` is taken from them)
+    balance: draw as many images of each class, so that those of rare ones come several times in an epoch
     augment: what is done to each batch of training images, in order
     """
 
@@ -94,6 +98,7 @@ class Data(_Shared):
     val: NonNegativeInt | Annotated[float, Field(gt=0, lt=1)] = 0
     classes: Annotated[list[NonNegativeInt | str], Field(min_length=2)] | None = None
     limit: PositiveInt | None = None
+    balance: bool = False
     augment: Augmentations = Field(default=[])
 
 
@@ -101,10 +106,13 @@ class Model(_Shared):
     """What maps images to outputs.
 
     output: what turns outputs into probabilities: softmax over the classes, or one sigmoid for two classes
+    frozen: parameters that stay as they are initialised, by patterns of their names such as `0_conv.*`; a normalisation
+        all of whose parameters are frozen keeps its running statistics too
     """
 
     source: Annotated[Component, Section("model")]
     output: Literal["softmax", "sigmoid"] = "softmax"
+    frozen: list[str] = Field(default=[])
 
 
 class Descent(Settings):
@@ -127,6 +135,75 @@ class Descent(Settings):
         return step, min(micro, step)
 
 
+Schedule = Annotated[Component, Section("schedule", "feedback", default="constant")]
+
+
+class Group(_Shared):
+    """Parameters that are trained otherwise than the rest: those that fit all of match, kind and ndim.
+
+    Besides these come settings of the optimizer, in place of its own, or another optimizer's `name` and settings.
+
+    match: a pattern of their names, such as `*.bias` or `0_conv.*`; `dltrain train --dry-run` shows names
+    kind: the kind of layer that they belong to
+    ndim: how many dimensions they have: 1 for biases and normalisation, 2 for linear and 4 for convolution weights
+    schedule: of their learning rate, in place of the config's
+    """
+
+    source: Annotated[Component, Section("optim")]  # with what it takes over from the optimizer it is a group of
+    match: str | None = None
+    kind: Literal["conv", "linear", "norm"] | None = None
+    ndim: PositiveInt | None = None
+    schedule: Schedule | None = None
+    given: dict[str, Any] = Field(alias="as given")  # a key that no config has
+
+    @model_serializer
+    def _plain(self) -> dict[str, Any]:
+        return self.given
+
+    @classmethod
+    def whole(cls, given: Any, beside: Mapping[str, Any]) -> Any:
+        """What to check of a group as the config gives it, in an optimizer with the settings `beside`."""
+        if not isinstance(given, Mapping):
+            return given
+        return {**({} if "name" in given else beside), **given, "as given": dict(given)}
+
+
+class Lookahead(Settings):
+    """Every few steps the weights go back part of the way to where they were then (Zhang et al. 2019).
+
+    every_steps: steps between two looks back
+    share: of the way gone that is kept
+    """
+
+    every_steps: PositiveInt = 5
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class Optim(_Shared):
+    """What a step makes of the gradient.
+
+    groups: parameters with settings, an optimizer or a schedule of their own; the first that fits takes a parameter
+    decay_norms_and_biases: whether weight decay also shrinks parameters of one dimension
+    sam_rho: radius of sharpness-aware minimisation (Foret et al. 2021), e.g. 0.05; a step then takes two gradients
+    lookahead: keep only part of the way that each few steps go
+    """
+
+    source: Annotated[Component, Section("optim")]
+    groups: list[Group] = Field(default=[])
+    decay_norms_and_biases: bool = True
+    sam_rho: Positive | None = None
+    lookahead: Lookahead | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_groups(cls, data: Any, handler: Callable[[Any], Any]) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("groups"), list):
+            return handler(data)
+        alone = handler({key: data[key] for key in data if key != "groups"})  # its mistakes are not each group's too
+        beside = {"name": alone.source.name, **{key: data[key] for key in data if key in alone.source.args}}
+        return handler({**data, "groups": [Group.whole(group, beside) for group in data["groups"]]})
+
+
 class Train(Settings):
     """How to train.
 
@@ -139,6 +216,7 @@ class Train(Settings):
     choose_by: which epoch's weights are kept as the best: by val_accuracy, val_loss, or the last; default: val_accuracy
         where `data.val` holds images out, else last
     patience_epochs: stop after this many epochs without a better one
+    average: a running average of the weights, which is what is evaluated and kept
     log_every_steps: steps between two log lines
     checkpoint_every_steps: save after every so many steps, besides the clock
     checkpoint_every_minutes: save when this much time has passed since the last save
@@ -152,9 +230,33 @@ class Train(Settings):
     clip_norm: Positive | None = None
     choose_by: Literal["val_accuracy", "val_loss", "last"] | None = None
     patience_epochs: PositiveInt | None = None
+    average: Annotated[Component, Section("average")] | None = None
     log_every_steps: PositiveInt = 50
     checkpoint_every_steps: PositiveInt | None = None
     checkpoint_every_minutes: Positive = 1.0
+
+
+class TensorBoard(Settings):
+    """What TensorBoard shows beside curves, the graph and pictures of images; docs/tensorboard.md says what each costs.
+
+    weight_histograms: of each parameter, after each epoch
+    gradient_histograms: of each parameter's gradient in the last step of an epoch, after each epoch
+    filters: the first layer's weights as pictures, after epochs 1, 2, 4, 8, … and at the end
+    pr_curves: precision against recall of each class on the test split, at the end
+    embedding: what enters the last linear layer for up to 1,000 test images, at the end
+    """
+
+    weight_histograms: bool = False
+    gradient_histograms: bool = False
+    filters: bool = True
+    pr_curves: bool = True
+    embedding: bool = False
+
+
+def multiplier(schedule: Component, epoch: float, epochs: float, losses: Sequence[float]) -> float:
+    """Of the learning rate at a position in the run, after epochs with these losses."""
+    found: float = schedule(losses) if schedule.kind == "feedback" else schedule(epoch, epochs)
+    return found
 
 
 def _default(kind: str, name: str) -> Any:
@@ -164,6 +266,7 @@ def _default(kind: str, name: str) -> Any:
 class Config(Settings):
     """A whole config.
 
+    plugins: Python files with components of your own (docs/extending.md), named from the config's folder
     name: what the run is called; default: the file's stem
     seed: where all randomness comes from
     data: what to train on
@@ -173,17 +276,20 @@ class Config(Settings):
     optim: what a step makes of the gradient
     schedule: how the learning rate changes over the run
     train: how long, on which device, and what is kept
+    tensorboard: what TensorBoard shows of the run
     """
 
+    plugins: list[str] = Field(default=[])
     name: Annotated[str, Field(pattern=NAME)]
     seed: NonNegativeInt = 0
     data: Data
     model: Model
-    loss: Annotated[Component, Section("loss", "cross_entropy")] = _default("loss", "cross_entropy")
+    loss: Annotated[Component, Section("loss", default="cross_entropy")] = _default("loss", "cross_entropy")
     descent: Descent = Descent()
-    optim: Annotated[Component, Section("optim")]
-    schedule: Annotated[Component, Section("schedule", "constant")] = _default("schedule", "constant")
+    optim: Optim
+    schedule: Schedule = _default("schedule", "constant")
     train: Train = Train()
+    tensorboard: TensorBoard = TensorBoard()
 
     @property
     def chosen_by(self) -> str:
@@ -203,7 +309,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     document = yamlfile.read(path)
     if isinstance(document.data, dict):
         document.data.setdefault("name", _as_name(path.stem))
-    return check(document, overrides)
+    return check(document, overrides, lambda name: path.parent / Path(name).expanduser())
 
 
 def _as_name(stem: str) -> str:
@@ -211,12 +317,35 @@ def _as_name(stem: str) -> str:
     return re.sub(r"^[.-]", "_", stem)[:100]
 
 
-def from_plain(plain: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
-    """A config from what `plain()` gave, e.g. from a checkpoint."""
-    return check(Document(source, dict(plain)), overrides)
+def from_plain(
+    plain: Mapping[str, Any], source: str, overrides: Sequence[str] = (), plugins: Sequence[Path] = ()
+) -> Config:
+    """A config from what `plain()` gave, e.g. from a checkpoint.
+
+    plugins: files that the user has named, as no file may decide what code is run
+    """
+
+    def find_plugin(name: str) -> Path:
+        found = next((path for path in plugins if path.name == Path(name).name), None)
+        if found is None:
+            text = "code of your own or of whoever made this; where you trust it, name it: --plugin"
+            raise ConfigError(f"{source}: needs the plugin {Path(name).name}, {text} FILE")
+        return found
+
+    return check(Document(source, dict(plain)), overrides, find_plugin)
 
 
-def check(document: Document, overrides: Sequence[str] = ()) -> Config:
+def _use_plugins(data: dict[str, Any], find: Callable[[str], Path]) -> None:
+    """Makes known what the plugins register, and names each by where it is, for a run that goes on elsewhere."""
+    named = data.get("plugins")
+    if isinstance(named, list) and all(isinstance(name, str) for name in named):
+        data["plugins"] = [str(find(name).absolute()) for name in named]
+        plugin_files.use([Path(path) for path in data["plugins"]])
+    else:
+        plugin_files.use([])
+
+
+def check(document: Document, overrides: Sequence[str] = (), find_plugin: Callable[[str], Path] = Path) -> Config:
     """Applies the overrides and checks everything; raises ConfigError with one line per mistake."""
     if not isinstance(document.data, dict):
         raise ConfigError(f"{document.where(())}: a config is a mapping (key: value), with data, model and optim")
@@ -229,6 +358,7 @@ def check(document: Document, overrides: Sequence[str] = ()) -> Config:
             last = next((text for put, text in reversed(puts) if place[: len(put)] == put), None)
             return last or document.where(place)
 
+        _use_plugins(data, find_plugin)
         config = Config.model_validate(data)
     except RecursionError:  # no file nests so deep, but what comes from elsewhere may
         raise ConfigError(f"{document.source}: nested too deep") from None
@@ -262,11 +392,47 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
     elif train.patience_epochs and train.choose_by == "last":
         text = "nothing is better than the last epoch: set train.choose_by to val_accuracy or val_loss"
         yield ("train", "patience_epochs"), f"train.patience_epochs: {text}"
-    try:
-        config.schedule(0.0, config.train.epochs)
-    except ValueError as error:
-        key = str(error).partition(":")[0].split(".")
-        yield tuple(key) if key[0] == "schedule" else ("schedule",), str(error)
+    if train.average and (name := next((each.name for each, facts in _optimizers(config) if "averages" in facts), None)):
+        text = f"{name} is evaluated at an average of its own: leave one of the two out"
+        yield ("train", "average"), f"train.average: {text}"
+    schedules: list[tuple[Place, registry.Component]] = [(("schedule",), config.schedule)]
+    for index, group in enumerate(config.optim.groups):
+        if group.schedule:
+            schedules.append((("optim", "groups", index, "schedule"), group.schedule))
+        if group.match is None and group.kind is None and group.ndim is None:
+            where = ("optim", "groups", index)
+            yield where, f"{_key(where)}: expected match, kind or ndim, which say what parameters it takes"
+    for where, schedule in schedules:
+        try:
+            multiplier(schedule, 0.0, config.train.epochs, [])
+        except ValueError as error:
+            text = str(error).removeprefix("schedule.")
+            key, colon, _ = text.partition(":")
+            named = bool(colon) and key in schedule.args
+            yield (*where, key) if named else where, f"{_key(where)}{'.' if named else ': '}{text}"
+    yield from _closure_disagreements(config)
+
+
+def _optimizers(config: Config) -> Iterator[tuple[Component, Mapping[str, Any]]]:
+    """Each optimizer of a config, and what else was registered with it."""
+    for source in (config.optim.source, *(group.source for group in config.optim.groups)):
+        yield source, registry.find(source.name, source.kind).facts
+
+
+def _closure_disagreements(config: Config) -> Iterator[tuple[Place, str]]:
+    """What an optimizer that asks for the gradient several times in a step does not go with."""
+    name = next((each.name for each, facts in _optimizers(config) if "closure" in facts), None)
+    if name is None:
+        return
+    optim, train = config.optim, config.train
+    if config.descent.variant != "batch":
+        text = "compares losses within a step, which must be of all images: set descent.variant to batch"
+        yield ("descent", "variant"), f"descent.variant: {name} {text}"
+    for key, given in (("groups", optim.groups), ("sam_rho", optim.sam_rho), ("lookahead", optim.lookahead)):
+        if given:
+            yield ("optim", key), f"optim.{key}: {name} trains all parameters at once, and alone: leave it out"
+    if train.clip_norm:
+        yield ("train", "clip_norm"), f"train.clip_norm: {name} needs the gradient as it is: leave it out"
 
 
 def override(data: dict[str, Any], text: str) -> tuple[Place, str]:

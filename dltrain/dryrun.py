@@ -28,18 +28,20 @@ def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
     for line in describe(setup):
         note(line)
     run = new_run(setup)
-    images, labels, _ = next(setup.batches().step(0, 0))
+    images, targets, _ = next(setup.batches().step(0, 0))
     layers, flops, activations = _layers(setup, images[:1])
     with setup.placement.autocast():
         outputs = setup.model(images)
-    loss = config.loss(outputs, labels)
+    loss = setup.loss(outputs, targets)
     loss.backward()
-    run.optimizer.step()
-    expected = float(config.loss(torch.zeros_like(outputs), labels))
+    setup.optimizers.step(loss, lambda: loss)
+    expected = float(setup.loss(torch.zeros_like(outputs), targets))
     first = float(loss.detach())
     weights = _bytes(*setup.model.state_dict().values())
     state = _bytes(
-        *(value for each in run.optimizer.state.values() for value in each.values() if torch.is_tensor(value))
+        *(value for _, each in setup.optimizers.state() for value in each.values() if torch.is_tensor(value)),
+        *(run.average or {}).values(),
+        *(run.slow or {}).values(),
     )
     half = 2 if setup.placement.dtype == torch.bfloat16 else 4
     memory = {

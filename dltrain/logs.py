@@ -104,7 +104,7 @@ class Log:
         if val:
             parts += [f"val loss {val['loss']:.4f} {percent(val['accuracy']):>8}"]
         parts += [f"{f'{seconds:.3g} s':>7}"]
-        if run.progress.best and run.progress.best.epoch == epoch:
+        if run.setup.config.chosen_by != "last" and run.progress.best and run.progress.best.epoch == epoch:
             parts += ["best"]
         if self.console.is_terminal and self.console.width < 70:
             parts = [f"{epoch}/{epochs}", f"loss {train['loss']:.3f}", percent((val or train)["accuracy"]), *parts[-1:]]

@@ -143,8 +143,12 @@ class Entry:
 _entries: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
 
 
-def register(kind: str, name: str | None = None, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register(
+    kind: str, name: str | None = None, settings: type[Settings] = Settings, **facts: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a component under its own name, or `name`.
+
+    settings: what its settings are checked as, besides their types
 
     Raises ValueError where the kind is unknown, the name is taken, an argument has no annotation or is called `name`,
     which in a section of the config says which component it is.
@@ -154,15 +158,13 @@ def register(kind: str, name: str | None = None, **facts: Any) -> Callable[[Call
 
     def decorate(factory: Callable[..., Any]) -> Callable[..., Any]:
         entry_name = name or factory.__name__
-        if entry_name in _entries[kind]:
-            raise ValueError(f"{kind} {entry_name!r} is registered twice")
         summary, documented = read_docstring(inspect.getdoc(factory) or "")
         fields = {}
         for argument, annotation, default in _keyword_arguments(factory):
             field = Field(description=documented.get(argument))
             fields[argument] = (Annotated[annotation, field], ... if default is inspect.Parameter.empty else default)
-        arguments = create_model(f"{kind} {entry_name}", __base__=Settings, **fields)  # type: ignore[call-overload]
-        _entries[kind][entry_name] = Entry(kind, entry_name, factory, arguments, summary, facts)
+        arguments = create_model(f"{kind} {entry_name}", __base__=settings, **fields)  # type: ignore[call-overload]
+        add([Entry(kind, entry_name, factory, arguments, summary, facts)])
         return factory
 
     return decorate
@@ -205,6 +207,24 @@ def names(*kinds: str) -> list[str]:
 
 def entries(kind: str) -> list[Entry]:
     return [_entries[kind][name] for name in names(kind)]
+
+
+def everything() -> list[Entry]:
+    return [entry for kind in KINDS for entry in _entries[kind].values()]
+
+
+def add(entries: Iterable[Entry]) -> None:
+    """Registers what was removed.  Raises ValueError where a name is taken by now."""
+    for entry in entries:
+        if entry.name in _entries[entry.kind]:
+            raise ValueError(f"{entry.kind} {entry.name!r} is registered twice")
+        _entries[entry.kind][entry.name] = entry
+
+
+def remove(entries: Iterable[Entry]) -> None:
+    for entry in entries:
+        if _entries[entry.kind].get(entry.name) is entry:
+            del _entries[entry.kind][entry.name]
 
 
 def find(name: str, *kinds: str) -> Entry:
@@ -287,8 +307,8 @@ class Section(_Written):
     default: the component meant where the section names none, as in `{warmup_epochs: 2}` of a schedule
     """
 
-    def __init__(self, kind: str, default: str | None = None) -> None:
-        super().__init__(kind)
+    def __init__(self, *kinds: str, default: str | None = None) -> None:
+        super().__init__(*kinds)
         self.default = default
 
     def read(self, value: Any) -> Component:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from dltrain import checkpoint, rundir
+from dltrain import checkpoint, rundir, yamlfile
 from dltrain import config as configs
 from dltrain.build import Setup, build
 from dltrain.config import Config
-from dltrain.device import bits_depend_on, environment
+from dltrain.device import environment
 from dltrain.errors import CheckpointError, ConfigError, DeviceError
 from dltrain.evaluate import Evaluation, evaluate
 from dltrain.logs import Log
@@ -23,7 +23,7 @@ from dltrain.state import Run, Tensors
 from dltrain.train import is_over, train
 
 # what a position in a run, the images held out of it and the best so far depend on; but for the latter
-FIXED = ("seed:", "data.", "descent.", "loss.", "train.choose_by:")
+FIXED = ("seed:", "data.", "model.", "descent.", "loss.", "optim.lookahead", "train.average", "train.choose_by:")
 FREE = ("data.root:", "data.verify:", "data.augment:")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
@@ -42,10 +42,15 @@ def start(config: Config, folder: RunFolder, console: Console, quiet: bool) -> d
 
 
 def new_run(setup: Setup) -> Run:
-    optimizer = setup.config.optim.build(setup.model.parameters())
     # the sums of thousands of losses want more digits than float32 has; MPS has no more
     digits = torch.float32 if setup.placement.device.type == "mps" else torch.float64
-    return Run(setup, optimizer, torch.zeros(2, dtype=digits, device=setup.placement.device))
+    run = Run(setup, torch.zeros(2, dtype=digits, device=setup.placement.device))
+    if setup.config.train.average:
+        run.average = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
+    if setup.config.optim.lookahead:
+        trained = {name for part in setup.optimizers.parts for name in part.names}
+        run.slow = {name: each.detach().clone() for name, each in setup.model.named_parameters() if name in trained}
+    return run
 
 
 def resume(
@@ -54,14 +59,16 @@ def resume(
     console: Console,
     quiet: bool,
     allow_inexact: bool,
+    plugins: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Goes on with a run from its latest checkpoint that is whole, or from its start where there is none.
 
     given: the config to go on with, from the one that the checkpoint holds
+    plugins: files with components that the user trusts
     """
     log = Log(folder, console, quiet)
     saved: Saved | None = rundir.latest(folder.path, lambda path: (path, *checkpoint.read(path)), log.note)
-    before = saved[2]["config"] if saved else _written_config(folder.path)
+    before = saved[2]["config"] if saved else _written_config(folder.path, plugins)
     config = given(before)
     changes = differences(before, config.plain())
     if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
@@ -73,7 +80,7 @@ def resume(
         log.note("no checkpoint is whole yet: training starts at the first step")
     else:
         run.restore(*saved)
-        _refuse_other_bits(saved, setup, allow_inexact)
+        _refuse_other_bits(saved, run, allow_inexact)
     folder.forget_after(run.global_step)
     if changes:
         log.note(f"changed settings: {'; '.join(changes)}")
@@ -88,10 +95,11 @@ def resume(
     return _train(run, folder, log)
 
 
-def _written_config(path: Path) -> dict[str, Any]:
+def _written_config(path: Path, plugins: Sequence[Path]) -> dict[str, Any]:
     if not (path / "config.yaml").exists():
         raise CheckpointError(f"{path}: holds no run to go on with; start one without --resume")
-    return configs.load(path / "config.yaml").plain()
+    document = yamlfile.read(path / "config.yaml")
+    return configs.from_plain(document.data, document.source, plugins=plugins).plain()
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
@@ -106,10 +114,10 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
     return found
 
 
-def _refuse_other_bits(saved: Saved, setup: Setup, allow_inexact: bool) -> None:
+def _refuse_other_bits(saved: Saved, run: Run, allow_inexact: bool) -> None:
     path, _, meta = saved
-    changed = differences(meta["bits"], bits_depend_on(setup.placement))
-    changed += [f"data {change}" for change in differences(meta["data"]["files"], dict(setup.data.files))]
+    changed = differences(meta["bits"], run.bits())
+    changed += [f"data {change}" for change in differences(meta["data"]["files"], dict(run.setup.data.files))]
     if changed and not allow_inexact:
         text = f"would not end in the same bits: {'; '.join(changed)}; --allow-inexact goes on all the same"
         raise CheckpointError(f"{path}: {text}")
@@ -137,7 +145,7 @@ def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     if best:
         setup.model.load_state_dict(best.weights)
     scores = {
-        name: evaluate(setup.model, split, setup.normalise, setup.placement, setup.config.loss)
+        name: evaluate(setup.model, split, setup.normalise, setup.placement, setup.loss)
         for name, split in setup.data.splits.items()
     }
     summary = _summary(run, folder.path, scores)

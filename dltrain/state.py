@@ -14,7 +14,8 @@ from dltrain import checkpoint
 from dltrain.build import Setup
 from dltrain.device import bits_depend_on, environment
 from dltrain.errors import CheckpointError
-from dltrain.registry import Component
+from dltrain.groups import Part
+from dltrain.plugins import digests
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,6 +42,7 @@ class Progress:
     correct: float = 0.0
     seen: int = 0  # this epoch's images at the last log line
     logged_seconds: float = 0.0  # epoch_seconds at the last log line
+    losses: list[float] = field(default_factory=list)  # of each complete epoch: val's, or training's without val
     best: Best | None = None
 
 
@@ -49,21 +51,27 @@ class Run:
     """A run: its parts, where it stands, and the sums that live on the device between two log lines."""
 
     setup: Setup
-    optimizer: torch.optim.Optimizer
     sums: torch.Tensor  # [2]: loss and correct predictions summed over this epoch's images
+    average: Tensors | None = None  # running average of the model's state, where train.average asks for one
+    slow: Tensors | None = None  # parameters at the last look back, where optim.lookahead asks for it
     progress: Progress = field(default_factory=Progress)
 
     def encode(self) -> bytes:
         """The checkpoint that `restore` goes on from."""
-        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.setup.model.named_parameters()}
         tensors = {f"model.{name}": tensor for name, tensor in self.setup.model.state_dict().items()}
+        for group, kept in (("average", self.average), ("slow", self.slow)):
+            tensors |= {f"{group}.{name}": tensor for name, tensor in (kept or {}).items()}
         scalars: dict[str, dict[str, Any]] = {}
-        for parameter, state in self.optimizer.state.items():
+        for name, state in self.setup.optimizers.state():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optim.{names[parameter]}.{key}"] = value
+                    tensors[f"optim.{name}.{key}"] = value
+                elif isinstance(value, list):
+                    tensors |= {f"optim.{name}.{key}[{i}]": each for i, each in enumerate(value) if torch.is_tensor(each)}
+                    plain = ["tensor" if torch.is_tensor(each) else each for each in value]
+                    scalars.setdefault(name, {})[key] = plain
                 else:
-                    scalars.setdefault(names[parameter], {})[key] = value
+                    scalars.setdefault(name, {})[key] = value
         tensors["sums"] = self.sums
         tensors |= {f"rng.{name}": state for name, state in _rng_states(self.setup.placement.device).items()}
         best, at = self.progress.best, self.global_step
@@ -74,8 +82,9 @@ class Run:
             **self._about(at),
             "progress": {key: value for key, value in vars(progress).items() if key != "best"},
             "best": best and {"value": best.value, "epoch": best.epoch, "step": best.step},
-            "optimizer": {"class": type(self.optimizer).__name__, "scalars": scalars},
-            "bits": bits_depend_on(self.setup.placement),
+            "optimizers": self._classes(),
+            "scalars": scalars,
+            "bits": self.bits(),
         }
         return checkpoint.encode(tensors, meta)
 
@@ -95,6 +104,15 @@ class Run:
             "environment": environment(self.setup.placement),
         }
 
+    def bits(self) -> dict[str, Any]:
+        """What must be the same for the run to end in the same bits, beside its config and data."""
+        return {**bits_depend_on(self.setup.placement), "plugins": digests(self.setup.config.plugins)}
+
+    def _classes(self) -> dict[str, str]:
+        """The optimizer of each parameter that has one."""
+        parts = self.setup.optimizers.parts
+        return {name: type(part.optimizer).__name__ for part in parts for name in part.names}
+
     @property
     def global_step(self) -> int:
         """Steps taken since the start of the run."""
@@ -113,34 +131,40 @@ class Run:
 
     def _restore(self, path: Path, tensors: Tensors, meta: Mapping[str, Any]) -> None:
         model, device = self.setup.model, self.setup.placement.device
-        groups: dict[str, Tensors] = {"model": {}, "optim": {}, "best": {}, "rng": {}, "sums": {}}
+        kinds = ("model", "average", "slow", "optim", "best", "rng", "sums")
+        groups: dict[str, Tensors] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
             groups[group][rest] = tensor
-        checkpoint.check_fit(path, model, groups["model"])
-        if groups["best"]:
-            checkpoint.check_fit(path, model, groups["best"])
-        classes, written, own_class = self.setup.data.classes, meta["optimizer"], type(self.optimizer).__name__
+        for group in ("model", "average", "best"):
+            if group == "model" or groups[group]:
+                checkpoint.check_fit(path, model, groups[group])
+        classes, written = self.setup.data.classes, meta["optimizers"]
         if tuple(meta["classes"]) != classes:
             raise CheckpointError(f"{path}: was trained on the classes {meta['classes']}, the data has {list(classes)}")
-        if written["class"] != own_class:
-            text = f"the state of {written['class']}, the config's optimizer is {own_class}"
-            raise CheckpointError(f"{path}: holds {text}")
+        for name, own_class in self._classes().items():
+            if written.get(name) != own_class:
+                text = f"the state of {written.get(name, 'no optimizer')} for {name}, the config says {own_class}"
+                raise CheckpointError(f"{path}: holds {text}")
         model.load_state_dict(groups["model"])
-        state: dict[int, dict[str, Any]] = {}
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            own = {
-                key.removeprefix(f"{name}."): _laid_out_as(parameter, tensor)
-                for key, tensor in groups["optim"].items()
-                if key.rpartition(".")[0] == name
-            }
-            if own or name in written["scalars"]:
-                state[index] = own | written["scalars"].get(name, {})
-        needed = _state_keys(self.setup.config.optim)
-        if lacking := {key for own in state.values() for key in needed - own.keys()}:
-            text = f"of {own_class}'s state, which these settings of optim need: resume with those it was started with"
-            raise CheckpointError(f"{path}: holds no {', '.join(sorted(lacking))} {text}")
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for group, kept in (("average", self.average), ("slow", self.slow)):
+            for name, tensor in (kept or {}).items():
+                tensor.copy_(groups[group][name])
+        states: dict[str, dict[str, Any]] = {}
+        for part in self.setup.optimizers.parts:
+            own = {name: _read_state(part, model, name, groups["optim"], meta["scalars"]) for name in part.names}
+            own = {name: state for name, state in own.items() if state}
+            needed = _trial_state(part, model) if own else {}
+            if lacking := {key for state in own.values() for key in needed.keys() - state.keys()}:
+                text = "state, which these settings of optim need: resume with those it was started with"
+                raise CheckpointError(
+                    f"{path}: holds no {', '.join(sorted(lacking))} of {type(part.optimizer).__name__}'s {text}"
+                )
+            for key, value in needed.items():
+                if isinstance(value, torch.Tensor) and not value.ndim:  # a count, on the CPU or the device
+                    own = {name: {**state, key: state[key].to(value)} for name, state in own.items()}
+            states |= own
+        self.setup.optimizers.load_state(states)
         self.sums.copy_(tensors["sums"])
         self.progress = Progress(**meta["progress"])
         if meta["best"]:
@@ -151,13 +175,33 @@ class Run:
         _set_rng_states(device, groups["rng"])
 
 
-def _state_keys(optim: Component) -> set[str]:
-    """What the optimizer keeps of a parameter, found by a step of a trial parameter."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    optimizer: torch.optim.Optimizer = optim([parameter])
+def _read_state(
+    part: Part, model: torch.nn.Module, name: str, tensors: Tensors, scalars: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the part's optimizer keeps of a parameter, as it keeps it."""
+    parameter = model.get_parameter(name)
+    state: dict[str, Any] = dict(scalars.get(name, {}))
+    for key, value in state.items():
+        if isinstance(value, list):
+            state[key] = [tensors[f"{name}.{key}[{i}]"] if each == "tensor" else each for i, each in enumerate(value)]
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
+    for key, tensor in own.items():
+        if "[" not in key:  # else in one of the lists above
+            # what searches keeps vectors of all parameters under the first one
+            state[key] = tensor if part.entry.facts.get("closure") else _laid_out_as(parameter, tensor)
+    return state
+
+
+def _trial_state(part: Part, model: torch.nn.Module) -> Mapping[str, Any]:
+    """What the part's optimizer keeps of a parameter, found by a step of a trial parameter."""
+    if part.entry.facts.get("closure"):
+        return {}
+    parameter = torch.nn.Parameter(torch.zeros_like(model.get_parameter(part.names[0])))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer: torch.optim.Optimizer = part.source([parameter])
     optimizer.step()
-    return set(optimizer.state[parameter])
+    state: Mapping[str, Any] = optimizer.state[parameter]
+    return state
 
 
 def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic, perf_counter
 from types import FrameType
 
 import torch
 
+from dltrain.averaging import Followers, evaluation_weights, training_mode
+from dltrain.data.batches import labels_of
 from dltrain.errors import DivergedError, Stopped
 from dltrain.evaluate import evaluate, predicted
 from dltrain.logs import Log
+from dltrain.optimizers import ascend, descend
 from dltrain.rundir import RunFolder
 from dltrain.state import Best, Run
 
@@ -26,12 +29,28 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     after saving, on SIGINT or SIGTERM.
     """
     setup, config, at, settings = run.setup, run.setup.config, run.progress, run.setup.config.train
-    model, optimizer, placement = setup.model, run.optimizer, setup.placement
+    model, optimizers, placement = setup.model, setup.optimizers, setup.placement
     epoch_loss, epoch_correct = run.sums.unbind()  # views
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    followers = Followers(run)
     batches = setup.batches()
     saved = monotonic()
+
+    def gradient(counted: bool = False) -> torch.Tensor:
+        """Computes the loss of the step's images, and its gradient; a step is counted once."""
+        optimizers.zero_grad()
+        loss = torch.zeros((), device=placement.device)
+        for images, targets, share in batches.step(at.epoch, at.step):  # [B, C, H, W], [B], B / step's images
+            with placement.autocast():
+                outputs = model(images)  # [B, outputs]
+            part = setup.loss(outputs, targets)
+            if share != 1:
+                part = part * share
+            part.backward()
+            loss += part.detach()
+            if counted:
+                epoch_correct.add_((predicted(outputs.detach()) == labels_of(targets)).sum())
+        return loss
 
     def save_where(due: object) -> None:
         """Between two steps: saves where it is due, or the clock says so, or a signal asks to stop here."""
@@ -41,30 +60,21 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
             _save(run, folder)
             saved = monotonic()
         if stop:
-            go_on = f"go on with: dltrain train --resume {folder.path}"
+            plugins = "".join(f" --plugin {path}" for path in config.plugins)
+            go_on = f"go on with: dltrain train --resume {folder.path}{plugins}"
             raise Stopped(f"stopped after step {run.global_step}, and saved; {go_on}", stop[0])
 
     with _stop_signals() as stop:
         while not is_over(run):
-            model.train()
+            training_mode(model)
             clock = _Clock()
             due: object = None
             while at.step < batches.steps:
-                rate = config.schedule(at.epoch + at.step / batches.steps, settings.epochs)
-                for group, base_rate in zip(optimizer.param_groups, base_rates, strict=True):
-                    group["lr"] = base_rate * rate
-                optimizer.zero_grad()
-                loss = torch.zeros((), device=placement.device)
-                for images, labels, share in batches.step(at.epoch, at.step):  # [B, C, H, W], [B], B / step's images
-                    with placement.autocast():
-                        outputs = model(images)  # [B, outputs]
-                    part = config.loss(outputs, labels)
-                    if share != 1:
-                        part = part * share
-                    part.backward()
-                    loss += part.detach()
-                    epoch_correct += (predicted(outputs.detach()) == labels).sum()
+                optimizers.set_rates(at.epoch + at.step / batches.steps, settings.epochs, at.losses)
+                loss = gradient(counted=True)
                 epoch_loss.add_(loss, alpha=batches.images_in(at.step))
+                if config.optim.sam_rho:
+                    _sharpen(model, parameters, config.optim.sam_rho, gradient)
                 norm = _gradient_norm(parameters)
                 healthy = torch.isfinite(loss + norm)
                 if placement.device.type == "cpu" and not healthy:  # elsewhere this waits, so it is asked at log lines
@@ -72,8 +82,9 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                 if settings.clip_norm:  # as torch.nn.utils.clip_grad_norm_
                     scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1)
                     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
-                optimizer.step()
+                optimizers.step(loss, gradient)
                 at.step += 1
+                followers.follow()
                 epoch_ends = at.step == batches.steps
 
                 if run.global_step % settings.log_every_steps == 0 or epoch_ends:
@@ -86,7 +97,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                         run,
                         loss=(loss_sum - at.loss_sum) / (seen - at.seen),
                         accuracy=(correct - at.correct) / (seen - at.seen),
-                        lr=optimizer.param_groups[0]["lr"],
+                        lr=optimizers.lr,
                         gradient_norm=norm.item(),
                         images_per_second=(seen - at.seen) / (at.epoch_seconds - at.logged_seconds),
                     )
@@ -98,17 +109,21 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                     clock.lap()
 
             trained = {"loss": at.loss_sum / at.seen, "accuracy": at.correct / at.seen}
+            at.epoch, at.step, at.seconds = at.epoch + 1, 0, at.seconds + at.epoch_seconds
             scores = None
             if setup.data.val is not None:
-                scores = evaluate(model, setup.data.val, setup.normalise, placement, config.loss).scores()
-                if not math.isfinite(scores["loss"]):
-                    raise _diverged(run, f"the val loss is {scores['loss']}")
-            at.epoch, at.step, at.seconds = at.epoch + 1, 0, at.seconds + at.epoch_seconds
-            if scores and config.chosen_by != "last":
-                value = scores["accuracy"] if config.chosen_by == "val_accuracy" else -scores["loss"]
-                if at.best is None or value > at.best.value:
-                    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-                    at.best = Best(value, at.epoch, run.global_step, weights)
+                with evaluation_weights(run, batches):
+                    scores = evaluate(model, setup.data.val, setup.normalise, placement, setup.loss).scores()
+                    if not math.isfinite(scores["loss"]):
+                        raise _diverged(run, f"the val loss is {scores['loss']}")
+                    if config.chosen_by != "last":
+                        value = scores["accuracy"] if config.chosen_by == "val_accuracy" else -scores["loss"]
+                        if at.best is None or value > at.best.value:
+                            at.best = Best(value, at.epoch, run.global_step, _weights(model))
+            at.losses.append(scores["loss"] if scores else trained["loss"])
+            if config.chosen_by == "last" and at.epoch == settings.epochs:
+                with evaluation_weights(run, batches):
+                    at.best = Best(0.0, at.epoch, run.global_step, _weights(model))
             log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
             at.loss_sum, at.correct, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
             run.sums.zero_()
@@ -126,6 +141,25 @@ def _save(run: Run, folder: RunFolder) -> None:
         folder.write("best.safetensors", run.encode_weights(best.weights, best.step))
 
 
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _sharpen(
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter], rho: float, gradient: Callable[[], torch.Tensor]
+) -> None:
+    """Replaces the gradient by that at the worst weights within `rho` of these, to first order (Foret et al. 2021).
+
+    Batch norm's running statistics are those of the weights themselves.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    weights = ascend(parameters, rho)
+    gradient()
+    descend(parameters, weights)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+
+
 def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together: float32 `[]`."""
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
@@ -141,7 +175,7 @@ def is_over(run: Run) -> bool:
 
 
 def _diverged(run: Run, what: str) -> DivergedError:
-    rate = run.optimizer.param_groups[0]["lr"]
+    rate = run.setup.optimizers.lr
     mend = "lower optim.lr, warm up (schedule.warmup_epochs) or clip the gradient (train.clip_norm: 1)"
     return DivergedError(
         f"step {run.global_step + 1}: {what}, at learning rate {rate:.3g}; nothing was saved of it: {mend}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from dltrain import checkpoint, rundir
 from dltrain import config as configs
-from dltrain.build import build_model, load_data, outputs_of
+from dltrain.build import build_model, load_data, loss_of, outputs_of
 from dltrain.config import Config
 from dltrain.data.batches import Normalise
 from dltrain.data.prepare import Normalisation
@@ -81,12 +81,15 @@ def _read(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, torc
     return found
 
 
-def load(path: Path, device: str, warn: Callable[[str], None]) -> Trained:
-    """Reads a checkpoint file or a run's folder.  Raises CheckpointError where it is not usable; runs nothing of it."""
+def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence[Path] = ()) -> Trained:
+    """Reads a checkpoint file or a run's folder.  Raises CheckpointError where it is not usable; runs nothing of it.
+
+    plugins: files with components that the user trusts
+    """
     path, tensors, found = _read(path, warn)
     try:
         meta = _Meta.model_validate(found)
-        config = configs.from_plain(meta.config, str(path))
+        config = configs.from_plain(meta.config, str(path), plugins=plugins)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(f"{path}: its metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -101,7 +104,8 @@ def load(path: Path, device: str, warn: Callable[[str], None]) -> Trained:
     try:
         with torch.device("meta"):  # no memory is taken until the shapes are known to be the file's
             model = build_model(config, (channels, height, width), len(classes))
-        config.loss.build(torch.zeros(2, outputs_of(config, len(classes))), torch.zeros(2, dtype=torch.int64))
+        loss = loss_of(config, torch.arange(len(classes)), len(classes))  # balanced weights need data: here, all one
+        loss.build(torch.zeros(2, outputs_of(config, len(classes))), torch.zeros(2, dtype=torch.int64))
     except (ConfigError, RuntimeError, TypeError, ValueError) as error:  # torch's, for sizes that overflow
         raise CheckpointError(f"{path}: its config builds no model: {str(error).splitlines()[0]}") from None
     checkpoint.check_fit(path, model, weights)
@@ -128,7 +132,8 @@ def judge(
         )
     if data.files != trained.files:
         note("the data files are not the ones that this model was trained on: their digests differ")
-    evaluation = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, trained.config.loss)
+    loss = loss_of(trained.config, data.train.labels, len(data.classes))
+    evaluation = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, loss)
     scores = classification(probabilities(evaluation.outputs), evaluation.labels, trained.classes)
     return {
         "checkpoint": str(trained.path),

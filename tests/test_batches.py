@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 import dltrain.components  # noqa: F401  registers losses and augmentations
 from dltrain import registry
 from dltrain.config import Descent
-from dltrain.data.batches import Batches, Normalise
+from dltrain.data.batches import Batches, Normalise, labels_of, shares
 from dltrain.data.dataset import Split
 from dltrain.data.prepare import Normalisation, measure_normalisation
+from dltrain.data.random import Random
 from dltrain.registry import Item, Section
 
 CPU = torch.device("cpu")
@@ -28,8 +30,25 @@ def numbered(count: int) -> Split:
     return Split(images, torch.arange(count) % 3)
 
 
+@dataclass
+class Change:
+    """An augmentation as Batches sees one."""
+
+    function: Callable[..., Any]
+    kind: str = "augmentation"
+
+    def build(self, *positional: Any) -> Any:
+        return self.function(*positional)
+
+
 def batches(
-    split: Split, step_size: int, micro_size: int = 0, seed: int = 0, augment: Sequence[Any] = (), normalise: Any = None
+    split: Split,
+    step_size: int,
+    micro_size: int = 0,
+    seed: int = 0,
+    augment: Sequence[Any] = (),
+    normalise: Any = None,
+    balance: bool = False,
 ) -> Batches:
     return Batches(
         split,
@@ -38,6 +57,8 @@ def batches(
         step_size=step_size,
         micro_size=micro_size or step_size,
         augment=augment,
+        classes=3,
+        balance=balance,
         device=CPU,
     )
 
@@ -98,14 +119,14 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert all(not torch.equal(one, other) for one, other in pairwise(others))
 
 
-def drawn(draws: list[tuple[float, ...]]) -> Callable[..., torch.Tensor]:
+def drawn(draws: list[tuple[float, ...]]) -> Change:
     """An augmentation that only notes what it draws."""
 
-    def augment(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-        draws.append(tuple(torch.rand(3, generator=random).tolist()))
+    def augment(images: torch.Tensor, random: Random) -> torch.Tensor:
+        draws.append(tuple(random.uniform(3).tolist()))
         return images
 
-    return augment
+    return Change(augment)
 
 
 def test_the_augmentation_is_a_function_of_seed_epoch_step_and_place():
@@ -129,11 +150,66 @@ def test_the_augmentation_is_a_function_of_seed_epoch_step_and_place():
 
 def test_augmentations_follow_one_another_and_draw_on():
     draws: list[tuple[float, ...]] = []
-    plus, times = (lambda images, random: images + 1), (lambda images, random: images * 2)
+    plus, times = Change(lambda images, random: images + 1), Change(lambda images, random: images * 2)
     made = batches(numbered(4), 4, augment=[plus, drawn(draws), times, drawn(draws)])
     plain = batches(numbered(4), 4)
     assert taken(made, 0, 0) == [2 * (number + 1) for number in taken(plain, 0, 0)]
     assert draws[0] != draws[1]
+
+
+def test_an_augmentation_is_told_epoch_seed_and_which_images() -> None:
+    told: list[tuple[int, int, list[int]]] = []
+
+    def note(images: torch.Tensor, random: Random) -> torch.Tensor:
+        assert random.index.tolist() == images[:, 0, 0, 0].tolist()
+        told.append((random.seed, random.epoch, random.index.tolist()))
+        return images
+
+    made = batches(numbered(6), 4, 3, seed=7, augment=[Change(note)])
+    for epoch in (0, 2):
+        for step in range(2):
+            list(made.step(epoch, step))
+    assert [(seed, epoch) for seed, epoch, _ in told] == [(7, 0)] * 3 + [(7, 2)] * 3
+    assert sorted(number for _, _, index in told[:3] for number in index) == list(range(6))
+
+
+def test_a_mixing_gets_shares_of_the_classes_and_what_follows_sees_them() -> None:
+    def halve(images: torch.Tensor, targets: torch.Tensor, random: Random) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, (targets + targets.roll(1, 0)) / 2
+
+    split = numbered(6)
+    made = batches(split, 6, augment=[Change(halve, "mixing"), Change(lambda images, random: images)])
+    images, targets, _ = next(made.step(0, 0))
+    labels = images[:, 0, 0, 0].long() % 3
+    expected = torch.zeros(6, 3)
+    for row, (own, other) in enumerate(zip(labels.tolist(), labels.roll(1).tolist(), strict=True)):
+        expected[row, own] += 0.5
+        expected[row, other] += 0.5
+    assert torch.equal(targets, expected)
+    assert targets.dtype == torch.float32
+
+
+def test_labels_of_shares_and_back() -> None:
+    labels = torch.tensor([2, 0, 1])
+    assert shares(labels, 3).tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+    assert torch.equal(labels_of(shares(labels, 3)), labels)
+    assert labels_of(labels) is labels
+    mixed = torch.tensor([[0.3, 0.7]])
+    assert shares(mixed, 2) is mixed
+
+
+def test_balanced_batches_draw_every_class_equally_often() -> None:
+    counts = [900, 90, 10]
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    made = batches(Split(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), labels), 100, balance=True)
+    order = made.order(0)
+    assert len(order) == made.images == 1000
+    drawn_of_class = labels[order].bincount()
+    assert (drawn_of_class - 1000 / 3).abs().max() < 4 * (1000 * 2 / 9) ** 0.5  # four standard deviations
+    rare = order[labels[order] == 2].bincount(minlength=1000)[990:]
+    assert (rare > 10).all()  # each of the ten about 33 times
+    assert torch.equal(batches(Split(made.pixels, labels), 7, balance=True).order(0), order)
+    assert not torch.equal(made.order(1), order)
 
 
 def test_a_step_is_the_same_whatever_came_before():
@@ -208,19 +284,15 @@ def test_channels_last_is_another_layout_of_the_same_numbers():
     assert torch.equal(plain, last)
 
 
-# every registered loss with a number of outputs that it takes
+# every registered loss with a number of outputs that it takes, and what makes its terms weigh otherwise
 LOSSES = [
-    pytest.param({"name": "cross_entropy"}, 3, id="cross_entropy"),
+    pytest.param({"name": name}, outputs, id=f"{name}-{outputs}")
+    for name in registry.names("loss")
+    for outputs in {"bce": [1], "hinge": [1], "mse": [1, 3], "perceptron": [1, 3]}.get(name, [3])
+] + [
     pytest.param({"name": "cross_entropy", "class_weights": [0.2, 1.0, 3.0]}, 3, id="weighted"),
     pytest.param({"name": "cross_entropy", "label_smoothing": 0.1}, 3, id="smoothed"),
-    pytest.param({"name": "mse"}, 3, id="mse"),
-    pytest.param({"name": "mse"}, 1, id="mse-one-output"),
-    pytest.param({"name": "bce"}, 1, id="bce"),
 ]
-
-
-def test_every_loss_is_in_the_list():
-    assert {case.values[0]["name"] for case in LOSSES} == set(registry.names("loss"))
 
 
 @pytest.mark.parametrize("micro_size", [1, 7, 20, 23])

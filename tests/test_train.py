@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Path:
 def final_state(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[Any]]:
     """The last checkpoint's tensors and what of its metadata no clock has touched, and the loss of every step."""
     tensors, meta = checkpoint.read(rundir.steps(run)[0])
-    kept = {key: meta[key] for key in ("step", "best", "optimizer", "normalisation", "classes")}
+    kept = {key: meta[key] for key in ("step", "best", "optimizers", "scalars", "normalisation", "classes")}
     kept["progress"] = {key: value for key, value in meta["progress"].items() if "seconds" not in key}
     steps = [
         (line["step"], line["loss"], line["accuracy"], line["lr"], line["gradient_norm"])
@@ -98,6 +98,49 @@ def test_a_stopped_run_resumes_to_the_same_bits(
     torch.manual_seed(999)  # as another process would start
     assert dltrain("train", "--resume", "stopped", "-q").code == 0
     assert_same_end(straight, Path("stopped"))
+
+
+# everything else that a run keeps from one step to the next
+STATEFUL = {
+    "ema, groups, mixing, balance": [
+        "train.average=ema",
+        "optim={name: adamw, groups: [{ndim: 2, name: muon, lr: 0.02}], decay_norms_and_biases: false}",
+        "optim.groups.0.schedule={name: step, every_epochs: 1}",
+        "data.augment=[alternating_flip, {mixup: 0.4}, {cutmix: 1.0}]",
+        "data.balance=true",
+    ],
+    "swa, plateau, weights from frequencies": [
+        "train.average={name: swa, start: 0.25}",
+        "schedule={name: plateau, patience_epochs: 0, factor: 0.5}",
+        "loss={name: cross_entropy, class_weights: balanced}",
+    ],
+    "sam, lookahead": ["optim={name: sgd, lr: 0.1, momentum: 0.9, sam_rho: 0.05, lookahead: {every_steps: 4}}"],
+    "schedule-free": ["optim={name: schedule_free_sgd, lr: 0.2}"],
+    "lion": ["optim={name: lion, lr: 1.0e-3}"],
+    "nadam": ["optim=nadam"],
+    "radam": ["optim=radam"],
+    "adadelta": ["optim=adadelta"],
+    "adamax": ["optim=adamax"],
+    "asgd": ["optim=asgd"],
+    "rmsprop": ["optim={name: rmsprop, momentum: 0.9, centered: true}"],
+    "lbfgs": ["optim=lbfgs", "descent={variant: batch}", "train.clip_norm=null", "train.epochs=8"],
+}
+
+
+@pytest.mark.parametrize("overrides", STATEFUL.values(), ids=STATEFUL)
+def test_whatever_a_run_keeps_it_resumes_to_the_same_bits(
+    dltrain: Run, config: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    changes = [each for override in overrides for each in ("--set", override)]
+    assert dltrain("train", config, "--out", "straight", "-q", *changes).code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6 if "lbfgs" in overrides[0] else STEPS + 6, signal.SIGTERM)
+        assert dltrain("train", config, "--out", "stopped", "-q", *changes).code == 143
+    torch.manual_seed(999)
+    assert dltrain("train", "--resume", "stopped", "-q").code == 0
+    assert_same_end(Path("straight"), Path("stopped"))
+    best, other = (checkpoint.read(Path(run) / "best.safetensors")[0] for run in ("straight", "stopped"))
+    assert [name for name in best if not torch.equal(best[name], other[name])] == []
 
 
 def test_a_resume_without_the_generators_state_ends_otherwise(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dltrain.data.dataset import Split
 from dltrain.data.prepare import Normalisation
 from dltrain.data.random import Random, generator
-from dltrain.lazy import torch
+from dltrain.lazy import F, torch
 from dltrain.registry import Component
 
 
@@ -44,18 +44,27 @@ class Batches:
         step_size: int,
         micro_size: int,
         augment: Sequence[Component],
+        classes: int,
+        balance: bool,
         device: torch.device,
     ) -> None:
-        self.images = split.images.to(device)
+        self.pixels = split.images.to(device)
         self.labels = split.labels.to(device)
         self.normalise = normalise
         self.seed = seed
         self.step_size = step_size
         self.micro_size = micro_size
         self.augment = augment
+        self.classes = classes
         self.device = device
+        self.odds = class_odds(split.labels) if balance else None
         self._epoch = -1
         self._order = torch.empty(0)
+
+    @property
+    def images(self) -> int:
+        """Images in an epoch."""
+        return len(self.labels)
 
     @property
     def steps(self) -> int:
@@ -70,19 +79,44 @@ class Batches:
         return self.images_before(step + 1) - self.images_before(step)
 
     def step(self, epoch: int, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """The step's micro-batches: images float32 `[B, C, H, W]`, labels int64 `[B]`, share of the step's images."""
+        """The step's micro-batches: images float32 `[B, C, H, W]`, targets, share of the step's images.
+
+        Targets are the labels, int64 `[B]`, or after a mixing shares of the classes, float32 `[B, classes]`.
+        """
         index = self.order(epoch)[step * self.step_size : (step + 1) * self.step_size]
         for place, part in enumerate(index.split(self.micro_size)):
-            images = self.images.index_select(0, part)  # whole images are copied; [part] goes byte by byte
-            if self.augment:
-                random = generator("augment", self.seed, epoch, step, place, device=self.device)
-                for augmentation in self.augment:
-                    images = augmentation(images, random)
-            yield self.normalise(images), self.labels[part], len(part) / len(index)
+            images = self.pixels.index_select(0, part)  # whole images are copied; [part] goes byte by byte
+            targets = self.labels[part]
+            random = Random(step, place, seed=self.seed, epoch=epoch, index=part, device=self.device)
+            for augmentation in self.augment:
+                if augmentation.kind == "mixing":
+                    images, targets = augmentation.build(images, shares(targets, self.classes), random)
+                else:
+                    images = augmentation.build(images, random)
+            yield self.normalise(images), targets, len(part) / len(index)
 
     def order(self, epoch: int) -> torch.Tensor:
         """The epoch's order: int64 `[N]`, drawn on the CPU so that every device trains in the same one."""
         if epoch != self._epoch:
-            order = torch.randperm(len(self.labels), generator=generator("order", self.seed, epoch))
+            random = generator("order", self.seed, epoch)
+            if self.odds is None:
+                order = torch.randperm(len(self.labels), generator=random)
+            else:
+                order = torch.multinomial(self.odds, len(self.labels), replacement=True, generator=random)
             self._order, self._epoch = order.to(self.device), epoch
         return self._order
+
+
+def class_odds(labels: torch.Tensor) -> torch.Tensor:
+    """float64 `[N]`: what makes every class equally likely when an image of labels int64 `[N]` is drawn."""
+    return 1 / labels.bincount().double()[labels]
+
+
+def shares(targets: torch.Tensor, classes: int) -> torch.Tensor:
+    """Targets as shares of the classes, float32 `[B, classes]`: labels int64 `[B]` as ones; shares as they are."""
+    return targets if targets.is_floating_point() else F.one_hot(targets, classes).float()
+
+
+def labels_of(targets: torch.Tensor) -> torch.Tensor:
+    """The class with the largest share, int64 `[B]`; labels as they are."""
+    return targets.argmax(1) if targets.is_floating_point() else targets
