@@ -8,21 +8,25 @@ from typing import Any
 import dltrain.components  # noqa: F401  registers the data sets
 from dltrain import registry
 from dltrain.data.dataset import Dataset
-from dltrain.data.files import Files, data_root, state
+from dltrain.data.files import Files, Published, data_root, state
 from dltrain.errors import ConfigError
 
 Note = Callable[[str], None]
+NOTHING_PUBLISHED = Published(title="", train=0, test=0)
 
 
 def presence(root: str | None) -> list[dict[str, Any]]:
-    """A row for each data set: name, title, images, what must be downloaded, and where it lies or would."""
+    """A row for each data set: name, title, images, what must be downloaded, and where it lies or would.
+
+    A data set of the user's own files has no images before a config names them.
+    """
     rows = []
     for entry in registry.entries("data"):
-        found, published = state(entry, data_root(root)), entry.facts["published"]
+        found, published = state(entry, data_root(root)), entry.facts.get("published", NOTHING_PUBLISHED)
         rows.append(
             {
                 "name": entry.name,
-                "title": published.title,
+                "title": published.title or entry.name,
                 "train": published.train,
                 "test": published.test,
                 "download": published.download,
@@ -48,6 +52,11 @@ def _read(name: str, files: Files) -> Dataset:
         entry = registry.find(name, "data")
     except KeyError as error:
         raise ConfigError(error.args[0]) from None
+    if entry.required():
+        text = (
+            f"is made of your own files, which a config names ({', '.join(entry.required())}): there is nothing to get"
+        )
+        raise ConfigError(f"{name} {text} or verify")
     dataset: Dataset = entry.factory(files)
     return dataset
 

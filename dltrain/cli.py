@@ -213,6 +213,37 @@ def evaluate(
     _show(scores, as_json, tables.evaluation, notes)
 
 
+@app.command(name="lr-find")
+def find_learning_rate(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config's name.")],
+    overrides: Overrides = [],  # noqa: B006
+    lowest: Annotated[float, typer.Option(metavar="LR", help="The first learning rate.")] = 1e-6,
+    highest: Annotated[float, typer.Option(metavar="LR", help="The last one.")] = 10.0,
+    steps: Annotated[int, typer.Option(metavar="N", min=10, help="Steps from the first to the last.")] = 200,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Where the figure goes; default: runs/<name>/lr-find.png.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Try learning rates from low to high in one short run, and suggest one from where the loss falls."""
+    if not 0 < lowest < highest < float("inf"):
+        raise ConfigError(f"--lowest {lowest:g} --highest {highest:g}: expected 0 < lowest < highest")
+    loaded = _load(config, [*overrides, *([f"train.device={device}"] if device else [])])
+    from dltrain import figures, rundir, tables
+    from dltrain.lr_find import find
+
+    notes = _console(to_stderr=as_json)
+    figure = out or Path("runs") / loaded.name / "lr-find.png"
+    try:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{figure.parent}: {error.strerror} (errno {error.errno})") from None
+    found = find(loaded, lowest, highest, steps, lambda text: tables.say(notes, text))
+    rundir.write_atomically(figure, figures.learning_rates(found))
+    _show({**found, "figure": str(figure)}, as_json, tables.learning_rate, notes)
+
+
 @app.command(name="check-gpu")
 def check_gpu(
     allow_cpu: Annotated[bool, typer.Option("--allow-cpu", help="Exit with 0 where there is no GPU.")] = False,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 _LABELLED = 20  # classes up to which a confusion matrix has room for names and numbers
+_FILTERS = 64  # that a picture of them shows
+_THUMBNAIL = 64  # pixels: 1,000 of them make 2048 x 2048, and the projector takes up to 8192 x 8192
 
 
 def image_grid(images: torch.Tensor) -> torch.Tensor:
@@ -22,6 +26,40 @@ def image_grid(images: torch.Tensor) -> torch.Tensor:
         top, left = place // columns * (height + 1), place % columns * (width + 1)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def grey_or_colour(images: torch.Tensor) -> torch.Tensor:
+    """Images `[N, C, H, W]` as they are where C is 1 or 3, else their first channel `[N, 1, H, W]`."""
+    return images if images.shape[1] in (1, 3) else images[:, :1]
+
+
+def filter_picture(filters: torch.Tensor) -> torch.Tensor:
+    """The first filters of `[N, C, H, W]` in a grid, in 0..1: zero is grey, what each filter weighs most 0 or 1.
+
+    In colour where C is 3, grey where it is 1; else each channel of a filter is one of its own.
+    """
+    if filters.shape[1] not in (1, 3):
+        filters = filters.flatten(0, 1)[:, None]
+    shown = filters[:_FILTERS]
+    peaks = shown.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)  # a filter of zeros is grey
+    return image_grid(0.5 + shown / (2 * peaks))
+
+
+def sprite(images: torch.Tensor) -> tuple[np.ndarray[Any, Any], int]:
+    """Images uint8 `[N, C, H, W]` as thumbnails in a square of rows, `[columns * side, columns * side, 3]`, and side.
+
+    A thumbnail is square, of at most 64 pixels, the image in its top left corner.
+    """
+    count, _, height, width = images.shape
+    side = min(max(height, width), _THUMBNAIL)
+    columns = math.ceil(math.sqrt(count))
+    scale = side / max(height, width)
+    size = (max(round(scale * height), 1), max(round(scale * width), 1))
+    small = F.interpolate(grey_or_colour(images).float(), size, mode="area").round().byte()
+    thumbnails = images.new_zeros(columns * columns, 3, side, side)
+    thumbnails[:count, :, : size[0], : size[1]] = small  # a grey one in all three
+    rows = thumbnails.view(columns, columns, 3, side, side).permute(0, 3, 1, 4, 2)
+    return rows.reshape(columns * side, columns * side, 3).numpy(), side
 
 
 def confusion_picture(matrix: torch.Tensor, classes: Sequence[str]) -> np.ndarray[Any, Any]:
@@ -55,12 +93,32 @@ def mistakes_picture(images: torch.Tensor, captions: Sequence[str]) -> np.ndarra
     figure = Figure(figsize=(1.7 * columns, 1.9 * rows), dpi=100, layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, image, caption in zip(figure.axes, images, captions, strict=False):  # the grid's last row may be short
-        grey = image.shape[0] != 3
-        pixels = (image[0] if grey else image.permute(1, 2, 0)).numpy()
-        axes.imshow(pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
+    pixels = grey_or_colour(images).permute(0, 2, 3, 1).numpy()
+    for axes, image, caption in zip(figure.axes, pixels, captions, strict=False):  # the grid's last row may be short
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)  # no colour image heeds the map
         axes.set_title(caption, fontsize=8)
     return _pixels(figure)
+
+
+def learning_rates(found: Mapping[str, Any]) -> bytes:
+    """The curve of a learning-rate range test (lr_find.find), as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(found["lr"], found["loss"], color="0.8", linewidth=1, label="of each step")
+    axes.plot(found["lr"], found["smoothed"], color="C0", label="smoothed")
+    for key, colour in (("steepest", "C1"), ("lowest", "C3"), ("suggestion", "C2")):
+        axes.axvline(found[key], color=colour, linestyle="--", linewidth=1, label=f"{key}: {found[key]:.2g}")
+    low, high = min(found["smoothed"]), max(found["smoothed"])
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # single steps may lie far off
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    axes.legend()
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def _pixels(figure: Any) -> np.ndarray[Any, Any]:

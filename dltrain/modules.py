@@ -1,6 +1,8 @@
 """Modules that a layer is built of where torch has none: their classes need torch, so layers import them when built."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Residual(nn.Module):
@@ -14,3 +16,133 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         total: Tensor = self.path(x) + self.shortcut(x)
         return total
+
+
+class PadShortcut(nn.Module):
+    """Every stride-th pixel, and zeros as further channels: [B, C, H, W] -> [B, channels, H', W']."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(kept, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+
+class Concat(nn.Module):
+    """What the branches make of x, one after another along the channels (or features)."""
+
+    def __init__(self, branches: list[nn.Sequential]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Gate(nn.Module):
+    """x times gate(x), which broadcasts to it."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated: Tensor = x * self.gate(x)
+        return gated
+
+
+class DropPath(nn.Module):
+    """While training: x `[B, …]` with whole images at zero, by chance, and the others scaled up."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = 1 - self.probability
+        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+
+class Multiply(nn.Module):
+    """x times a fixed number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class ScaledTanh(nn.Module):
+    """amplitude * tanh(slope * x)."""
+
+    def __init__(self, amplitude: float, slope: float) -> None:
+        super().__init__()
+        self.amplitude = amplitude
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.amplitude * torch.tanh(self.slope * x)
+
+
+class Scale(nn.Module):
+    """x `[B, C, …]` times a learned number for each channel, plus a learned one if it has a bias."""
+
+    def __init__(self, shape: tuple[int, ...], value: float, bias: bool) -> None:
+        super().__init__()
+        size = (shape[0], *[1] * (len(shape) - 1))
+        self.weight = nn.Parameter(torch.full(size, value))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels at each pixel: [B, C, H, W] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class RadialBasis(nn.Module):
+    """Minus the squared distances of x `[B, F]` to fixed random codes of +1 and -1: `[B, out]`."""
+
+    codes: Tensor
+
+    def __init__(self, features: int, out: int) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randint(2, (out, features)) * 2.0 - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        distances: Tensor = (x[:, None] - self.codes).square().sum(2)
+        return -distances
+
+
+class TableConv2d(nn.Conv2d):
+    """A convolution with a list of input channels for each output channel; no other connection has parameters.
+
+    weight: [connections, height, width], in the order of the outputs' lists
+    """
+
+    index: Tensor  # int64 [connections]: out * in_channels + in
+
+    def __init__(self, channels: int, connections: list[list[int]], **settings: object) -> None:
+        super().__init__(channels, len(connections), **settings)  # type: ignore[arg-type]
+        self.fans = [len(sources) for sources in connections]
+        places = [out * channels + source for out, sources in enumerate(connections) for source in sources]
+        self.register_buffer("index", torch.tensor(places))
+        self.weight = nn.Parameter(self.weight.detach().flatten(0, 1)[self.index])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.new_zeros(self.out_channels * self.in_channels, *self.kernel_size)
+        dense = rows.index_copy(0, self.index, self.weight)
+        dense = dense.view(self.out_channels, self.in_channels, *self.kernel_size)
+        convolved: Tensor = self._conv_forward(x, dense, self.bias)
+        return convolved

@@ -50,6 +50,8 @@ def _alternatives(found: Schema, kind: Callable[[str], str]) -> list[str]:
     if found.get("type") == "array":
         items = describe_type(found.get("items", {}), kind)
         return [f"list of ({items})" if " or " in items else f"list of {items}"]
+    if found.get("type") == "object":
+        return ["settings" if "properties" in found else "mapping"]
     name = found.get("type", "anything")
     bounds = [f"{sign} {found[key]}" for key, sign in SIGNS.items() if key in found]
     return [f"{WORDS.get(name, name)} {' and '.join(bounds)}".strip()]
@@ -88,6 +90,11 @@ def _settings(described: Schema) -> Iterable[tuple[str, Schema, str]]:
             yield name, found, "required"
         else:
             yield name, found, f"default `{shown}`" if "default" in found else ""
+        for nested in (found, found.get("items", {}), *found.get("anyOf", [])):
+            if "properties" in nested:
+                documented = {key: each for key, each in nested["properties"].items() if "description" in each}
+                for key, below, given in _settings({**nested, "properties": documented}):
+                    yield f"{name}.{key}", below, given
 
 
 def markdown() -> str:

@@ -55,6 +55,8 @@ KINDS = {
     "average": "averages of the weights: `(step, steps_per_epoch, epochs) -> share of the weights of that step`",
 }
 
+MOST_NAMES = 15  # in a message
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -77,9 +79,10 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def suggest(word: str, candidates: Iterable[str]) -> str:
-    """The nearest candidate, else all of them."""
+    """The nearest candidate, else all of them, or as many as are read."""
     known = sorted(candidates)
-    return nearest(word, known) or (f"; there is {', '.join(known)}" if known else "")
+    shown = ", ".join(known[:MOST_NAMES]) + (", …" if len(known) > MOST_NAMES else "")
+    return nearest(word, known) or (f"; there is {shown}" if known else "")
 
 
 class Settings(BaseModel):

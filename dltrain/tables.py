@@ -59,6 +59,15 @@ def result(summary: dict[str, Any], console: Console) -> None:
     )
 
 
+def learning_rate(found: dict[str, Any], console: Console) -> None:
+    """What a range test found, and what to type next."""
+    say(console, f"steepest fall of the loss: at lr {found['steepest']:.2g}")
+    say(console, f"lowest loss: at lr {found['lowest']:.2g}, and beyond it training diverges")
+    say(console, f"suggestion: a tenth of that, --set optim.lr={found['suggestion']:.2g}")
+    say(console, f"configured: {found['configured']:.2g}")
+    say(console, f"figure: {found['figure']}")
+
+
 def evaluation(scores: dict[str, Any], console: Console) -> None:
     """A model's scores: the whole, each class, and where the classes go where there is room for it."""
     say(console, f"{scores['checkpoint']}, step {scores['step']:,}, weights chosen by {scores['chosen_by']}")

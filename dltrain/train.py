@@ -13,7 +13,8 @@ from types import FrameType
 import torch
 
 from dltrain.averaging import Followers, evaluation_weights, training_mode
-from dltrain.data.batches import labels_of
+from dltrain.build import Setup
+from dltrain.data.batches import Batches, labels_of
 from dltrain.errors import DivergedError, Stopped
 from dltrain.evaluate import evaluate, predicted
 from dltrain.logs import Log
@@ -36,21 +37,8 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     batches = setup.batches()
     saved = monotonic()
 
-    def gradient(counted: bool = False) -> torch.Tensor:
-        """Computes the loss of the step's images, and its gradient; a step is counted once."""
-        optimizers.zero_grad()
-        loss = torch.zeros((), device=placement.device)
-        for images, targets, share in batches.step(at.epoch, at.step):  # [B, C, H, W], [B], B / step's images
-            with placement.autocast():
-                outputs = model(images)  # [B, outputs]
-            part = setup.loss(outputs, targets)
-            if share != 1:
-                part = part * share
-            part.backward()
-            loss += part.detach()
-            if counted:
-                epoch_correct.add_((predicted(outputs.detach()) == labels_of(targets)).sum())
-        return loss
+    def again() -> torch.Tensor:
+        return gradient(setup, batches, at.epoch, at.step)
 
     def save_where(due: object) -> None:
         """Between two steps: saves where it is due, or the clock says so, or a signal asks to stop here."""
@@ -71,10 +59,10 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
             due: object = None
             while at.step < batches.steps:
                 optimizers.set_rates(at.epoch + at.step / batches.steps, settings.epochs, at.losses)
-                loss = gradient(counted=True)
+                loss = gradient(setup, batches, at.epoch, at.step, epoch_correct)
                 epoch_loss.add_(loss, alpha=batches.images_in(at.step))
                 if config.optim.sam_rho:
-                    _sharpen(model, parameters, config.optim.sam_rho, gradient)
+                    _sharpen(model, parameters, config.optim.sam_rho, again)
                 norm = _gradient_norm(parameters)
                 healthy = torch.isfinite(loss + norm)
                 if placement.device.type == "cpu" and not healthy:  # elsewhere this waits, so it is asked at log lines
@@ -82,7 +70,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                 if settings.clip_norm:  # as torch.nn.utils.clip_grad_norm_
                     scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1)
                     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
-                optimizers.step(loss, gradient)
+                optimizers.step(loss, again)
                 at.step += 1
                 followers.follow()
                 epoch_ends = at.step == batches.steps
@@ -130,6 +118,28 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
             save_where(due or is_over(run))
 
 
+def gradient(
+    setup: Setup, batches: Batches, epoch: int, step: int, correct: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Computes the mean loss `[]` of a step's images and leaves its gradient in the parameters.
+
+    correct: `[]`, to which the number of right predictions is added
+    """
+    setup.optimizers.zero_grad()
+    loss = torch.zeros((), device=setup.placement.device)
+    for images, targets, share in batches.step(epoch, step):  # [B, C, H, W], [B] or [B, classes], B / step's images
+        with setup.placement.autocast():
+            outputs = setup.model(images)  # [B, outputs]
+        part = setup.loss(outputs, targets)
+        if share != 1:
+            part = part * share
+        part.backward()
+        loss += part.detach()
+        if correct is not None:
+            correct += (predicted(outputs.detach()) == labels_of(targets)).sum()
+    return loss
+
+
 def _save(run: Run, folder: RunFolder) -> None:
     """Writes the run's checkpoint and the weights kept so far; weights that are not finite are never written."""
     for name, tensor in run.setup.model.state_dict().items():
@@ -146,7 +156,7 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _sharpen(
-    model: torch.nn.Module, parameters: list[torch.nn.Parameter], rho: float, gradient: Callable[[], torch.Tensor]
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter], rho: float, again: Callable[[], torch.Tensor]
 ) -> None:
     """Replaces the gradient by that at the worst weights within `rho` of these, to first order (Foret et al. 2021).
 
@@ -154,7 +164,7 @@ def _sharpen(
     """
     buffers = [buffer.clone() for buffer in model.buffers()]
     weights = ascend(parameters, rho)
-    gradient()
+    again()
     descend(parameters, weights)
     for buffer, before in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import Field, ValidationError
 from dltrain import config, registry, schema, shipped, yamlfile
 from dltrain.config import Config
 from dltrain.errors import ConfigError
-from dltrain.registry import Entry
+from dltrain.registry import Entry, suggest
 from dltrain.yamlfile import Document
 
 START = "name: x\ndata: digits\nmodel: perceptron\noptim: {name: sgd, lr: 0.1}\n"  # what a test adds begins in line 5
@@ -61,7 +62,7 @@ train: {epochs: 5, device: 'cuda:1', patience_epochs: 2, clip_norm: 1}
     ]
     assert found.model.source.args["hidden"] == [8, 4]
     assert found.model.source.args["activation"].args == {"slope": 0.2}
-    assert found.optim.args == {"lr": 0.001, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    assert found.optim.source.args == {"lr": 0.001, "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
     assert found.schedule.args == {"warmup_epochs": 1.0, "final": 0.0}
     assert found.train.device == "cuda:1"
 
@@ -115,27 +116,29 @@ def test_the_sizes_of_steps(variant: str, images: int, sizes: tuple[int, int]) -
 LAYERS = "\n  name: cnn\n  layers:\n"  # as the model of `instead`, its first layer stands in line 6
 SEVERAL = "its settings stand below its name, indented further, or as name: {key: value}"
 NAME = "letters, digits, '_', '.' and '-', the first a letter, digit or '_', at most 100"
+THERE = {kind: suggest("", registry.names(kind)).removeprefix("; ") for kind in registry.KINDS}
+THERE["augmentation"] = suggest("", registry.names("augmentation", "mixing")).removeprefix("; ")
 EACH_MISTAKE = [
     # a component's name
     (instead(optim="{name: sgdd, lr: 1}"), "4: optim.name: unknown optim 'sgdd'; did you mean 'sgd'?"),
     (instead(optim="{name: SGD, lr: 1}"), "4: optim.name: unknown optim 'SGD'; did you mean 'sgd'?"),
     (instead(data="CIFAR-10"), "2: data: unknown data 'CIFAR-10'; did you mean 'cifar10'?"),
-    (instead(loss="hinge"), "5: loss: unknown loss 'hinge'; there is bce, cross_entropy, mse"),
+    (instead(loss="zzz"), f"5: loss: unknown loss 'zzz'; {THERE['loss']}"),
     (instead(optim="{nam: sgd, lr: 1}"), "4: optim.name: missing; is nam meant to be it?"),
     (instead(schedule="{nmae: cosine, final: 0.1}"), "5: schedule.name: missing; is nmae meant to be it?"),
     (instead(schedule="{final: 0.1}"), "5: schedule.final: unknown key; there is warmup_epochs"),
-    (instead(model="{hidden: [3]}"), "3: model.name: missing; there is cnn, mlp, perceptron"),
+    (instead(model="{hidden: [3]}"), f"3: model.name: missing; {THERE['model']}"),
     (
         instead(model="{name: 3}"),
-        "3: model.name: expected the name of one model, got 3; there is cnn, mlp, perceptron",
+        f"3: model.name: expected the name of one model, got 3; {THERE['model']}",
     ),
     (
         instead(loss="[mse]"),
-        "5: loss: expected a name, or settings with `name:`, got a list of 1; there is bce, cross_entropy, mse",
+        f"5: loss: expected a name, or settings with `name:`, got a list of 1; {THERE['loss']}",
     ),
     (
         instead(loss=""),
-        "5: loss: expected a name, or settings with `name:`, got nothing; there is bce, cross_entropy, mse",
+        f"5: loss: expected a name, or settings with `name:`, got nothing; {THERE['loss']}",
     ),
     # keys
     (instead(optimizer="{name: sgd, lr: 1}", optim=None), "4: optimizer: unknown key; did you mean 'optim'?"),
@@ -145,7 +148,7 @@ EACH_MISTAKE = [
     (instead(optim="{name: sgd, rl: 0.1}"), "4: optim.rl: unknown key; did you mean 'lr'?"),
     (
         instead(optim="{name: sgd, learning_rate: 0.1}"),
-        "4: optim.learning_rate: unknown key; there is lr, momentum, nesterov, weight_decay",
+        "4: optim.learning_rate: unknown key; there is decay_norms_and_biases, groups, lookahead, lr, momentum, nesterov, sam_rho, weight_decay",
     ),
     (instead(model="{name: mlp, hiden: [3]}"), "3: model.hiden: unknown key; did you mean 'hidden'?"),
     (
@@ -156,14 +159,14 @@ EACH_MISTAKE = [
     (instead(data="{name: cifar100, vall: 1}"), "2: data.vall: unknown key; did you mean 'val'?"),
     (
         instead(data="{name: digits, source: 1}"),
-        "2: data.source: unknown key; there is augment, classes, limit, root, val, verify",
+        "2: data.source: unknown key; there is augment, balance, classes, limit, root, val, verify",
     ),
     (instead(schedule="{name: cosine, warmup: 1}"), "5: schedule.warmup: unknown key; did you mean 'warmup_epochs'?"),
     (instead(descent="{batchsize: 32}"), "5: descent.batchsize: unknown key; did you mean 'batch_size'?"),
     (instead(train="{epoch: 3}"), "5: train.epoch: unknown key; did you mean 'epochs'?"),
     (instead(loss="{name: mse, reduction: sum}"), "5: loss.reduction: unknown key; there are no settings here"),
     (instead(loss="{name: mse, '{0}': 1}"), "5: loss.{0}: unknown key; there are no settings here"),
-    (instead(loss="'{0.x}{'"), "5: loss: unknown loss '{0.x}{'; there is bce, cross_entropy, mse"),
+    (instead(loss="'{0.x}{'"), "5: loss: unknown loss '{0.x}{'; " + THERE["loss"]),
     (instead(optim="sgd"), "4: optim.lr: missing"),
     (instead(schedule="{name: step}"), "5: schedule.every_epochs: missing"),
     (instead(model=None), "1: model: missing"),
@@ -232,8 +235,7 @@ EACH_MISTAKE = [
     (instead(data="{name: digits, augment: [translate]}"), "2: data.augment.0.translate.pixels: missing"),
     (
         instead(data="{name: digits, augment: [3]}"),
-        "2: data.augment.0: expected one augmentation: its name, or name: settings, got 3; "
-        "there is cutout, flip, translate",
+        "2: data.augment.0: expected one augmentation: its name, or name: settings, got 3; " + THERE["augmentation"],
     ),
     (
         instead(data="{name: digits, augment: [{translate: 4, pad: zero}]}"),
@@ -241,8 +243,7 @@ EACH_MISTAKE = [
     ),
     (
         instead(model="{name: mlp, hidden: [3], activation: {name: relu}}"),
-        "3: model.activation: unknown activation 'name'; "
-        "there is elu, gelu, identity, leaky_relu, relu, sigmoid, silu, tanh",
+        "3: model.activation: unknown activation 'name'; " + THERE["activation"],
     ),
     (instead(model=LAYERS + "    - conv"), "6: model.layers.0.conv.out: missing"),
     (instead(model=LAYERS + "    - relu: 3"), "6: model.layers.0.relu: takes no settings, got 3"),
@@ -463,17 +464,27 @@ def test_a_mistake_beside_an_override_is_the_files() -> None:
 
 def test_overrides_leave_the_document_as_it_is() -> None:
     document = yamlfile.parse(START, "f.yaml")
-    assert config.check(document, ["optim.lr=5"]).optim.args["lr"] == 5
-    assert config.check(document).optim.args["lr"] == 0.1
+    assert config.check(document, ["optim.lr=5"]).optim.source.args["lr"] == 5
+    assert config.check(document).optim.source.args["lr"] == 0.1
 
 
-CONV = {"out": 3, "kernel": 5, "stride": 2, "padding": "same", "dilation": 3, "groups": 1, "bias": False}
+CONV = {
+    "out": 3, "kernel": [5, 3], "stride": 2, "padding": "same", "padding_mode": "reflect", "dilation": 3, "groups": 1,
+    "connections": None, "bias": False, "init": {"constant": {"value": 0.625}},
+}  # fmt: skip
+WRITTEN = {"activation": {"leaky_relu": {"slope": 0.25}}, "layer": {"conv": CONV}, "init": {"constant": {"value": 0.5}}}
+# what a schema cannot say of the values
+EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("model", "cnn"): {"layers": [{"conv": CONV}], "init": {"constant": {"value": 0.5}}},
+    ("schedule", "knots"): {"knots": [[0.0, 0.2], [3.0, 1.0], [4.5, 0.625]]},
+    ("schedule", "multistep"): {"milestones_epochs": [2.0, 3.5], "factor": 0.625, "warmup_epochs": 0.625},
+}
 
 
 def other(described: dict[str, Any]) -> Any:
     """A value that a JSON schema allows and that is not its default, written in full."""
     if "$ref" in described:
-        return {"leaky_relu": {"slope": 0.25}} if "activation" in described["$ref"] else {"conv": CONV}
+        return WRITTEN[described["$ref"].removeprefix("#/$defs/").removesuffix("_item")]
     if "anyOf" in described or "enum" in described:
         values = reversed(described["enum"]) if "enum" in described else map(other, described["anyOf"])
         return next(value for value in values if value != described.get("default"))
@@ -482,24 +493,47 @@ def other(described: dict[str, Any]) -> Any:
             return not described["default"]
         case "array":
             return [other(described["items"])] * 2
-        case kind:  # text that YAML 1.2 takes for a number and YAML 1.1 does not
-            return {"integer": 7, "number": 0.625, "string": "1e3"}[kind]
+        case "string":  # text that YAML 1.2 takes for a number and YAML 1.1 does not
+            return "1e3"
+        case kind:
+            values = [7, 3, 40] if kind == "integer" else [0.625, 0.375, 1.625, 40.5]
+            return next(value for value in values if value != described.get("default") and allowed(value, described))
+
+
+def allowed(value: float, described: dict[str, Any]) -> bool:
+    low, high = described.get("minimum", -math.inf), described.get("maximum", math.inf)
+    return low <= value <= high and described.get("exclusiveMinimum", -math.inf) < value < described.get(
+        "exclusiveMaximum", math.inf
+    )
 
 
 def whole_config(entry: Entry) -> tuple[dict[str, Any], list[str | int], Any]:
     """A config that uses the component with every argument given, the place of it in there, and what stands there."""
-    arguments = {name: other(described) for name, described in schema.section(entry.arguments)["properties"].items()}
+    described = schema.section(entry.arguments)["properties"]
+    arguments = EXAMPLES.get((entry.kind, entry.name)) or {name: other(each) for name, each in described.items()}
     whole: dict[str, Any] = {"name": "1e3", "data": {"name": "digits"}, "model": "perceptron", "optim": "adam"}
     item = {entry.name: arguments} if arguments else entry.name
+    named = {"name": entry.name, **arguments}
+    if entry.facts.get("closure"):
+        whole["descent"] = {"variant": "batch"}
     match entry.kind:
-        case "augmentation":
+        case "augmentation" | "mixing":
             whole["data"]["augment"] = [item, "flip"]
             return whole, ["data", "augment", 0], item
         case "layer" | "activation":
             whole["model"] = {"name": "cnn", "layers": [item, "relu"]}
             return whole, ["model", "layers", 0], item
-    whole[entry.kind] = {"name": entry.name, **arguments}
-    return whole, [entry.kind], whole[entry.kind]
+        case "init" | "data_init":
+            whole["model"] = {"name": "cnn", "layers": [{"conv": {**CONV, "init": item}}]}
+            return whole, ["model", "layers", 0, "conv", "init"], item
+        case "feedback":
+            whole["schedule"] = named
+            return whole, ["schedule"], named
+        case "average":
+            whole["train"] = {"average": named}
+            return whole, ["train", "average"], named
+    whole[entry.kind] = named
+    return whole, [entry.kind], named
 
 
 EVERY = [entry for kind in registry.KINDS for entry in registry.entries(kind)]
@@ -523,21 +557,36 @@ def test_a_config_is_the_same_after_writing_and_reading(entry: Entry, tmp_path: 
 
 
 def test_every_shared_setting_survives_too(tmp_path: Path) -> None:
-    data = {"root": "1e3", "verify": False, "val": 0.5, "classes": ["1e3", 4], "limit": 9, "augment": ["flip"]}
-    train = {key: other(each) for key, each in schema.section(config.Train)["properties"].items()}
-    train["choose_by"] = "val_loss"
+    data = {
+        "root": "1e3",
+        "verify": False,
+        "balance": True,
+        "val": 0.5,
+        "classes": ["1e3", 4],
+        "limit": 9,
+        "augment": ["flip"],
+    }
+    train = {key: other(each) for key, each in schema.section(config.Train)["properties"].items() if key != "average"}
+    train |= {"choose_by": "val_loss", "average": {"name": "ema", "decay": 0.5, "every_steps": 3}}
+    optim = {
+        "groups": [{"match": "*.bias", "lr": 0.5}, {"ndim": 2, "name": "sgd", "lr": 1, "schedule": "cosine"}],
+        "decay_norms_and_biases": False,
+        "sam_rho": 0.25,
+        "lookahead": {"every_steps": 3, "share": 0.25},
+    }
     whole = {
         "name": "a.b",
         "seed": 5,
         "data": {"name": "digits", **data},
-        "model": {"name": "perceptron", "output": "sigmoid"},
-        "optim": "adam",
+        "model": {"name": "perceptron", "output": "sigmoid", "frozen": ["1e3"]},
+        "optim": {"name": "adam", **optim},
         "descent": {"variant": "mini-batch", "batch_size": 5, "micro_batch_size": 2},
         "train": train,
     }
     before = config.from_plain(whole, "test")
     assert before.plain()["train"] == train
     assert before.plain()["descent"] == whole["descent"]
+    assert optim.items() <= before.plain()["optim"].items()
     assert before.plain()["data"] == {"name": "digits", **data, "augment": [{"flip": {"probability": 0.5}}]}
     path = tmp_path / "config.yaml"
     path.write_text(before.yaml())

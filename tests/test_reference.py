@@ -44,10 +44,9 @@ def test_every_table_has_four_columns_and_every_link_a_heading() -> None:
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     anchors = [heading.strip("`").lower().replace(" ", "-") for heading in headings]
-    assert len(anchors) == len(set(anchors)), "GitHub would number the anchors"
     links = re.findall(r"\]\(#([^)]*)\)", text)
     assert links
-    assert set(links) <= set(anchors)
+    assert {link: anchors.count(link) for link in links} == dict.fromkeys(links, 1)  # GitHub numbers the others
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_list_is_readable_in_a_narrow_terminal(dltrain: Run, monkeypatch: pytest
 def test_list_of_one_kind_has_that_kind_alone(dltrain: Run) -> None:
     done = dltrain("list", "optim")
     assert done.code == 0
-    assert done.out.startswith("optim: optimizers\n\nadagrad\n  Adagrad (Duchi et al. 2011).\n")
+    assert done.out.startswith("optim: optimizers\n\nadadelta\n  Adadelta (Zeiler 2012)")
     assert "\nsgd\n  Gradient descent, " in done.out
     assert (
         "    lr: number > 0; required\n        step size\n    momentum: number >= 0 and < 1; default `0.0`\n"

@@ -25,7 +25,7 @@ def _registered_for_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_entries", {kind: dict(each) for kind, each in registry._entries.items()})
 
 
-def huber(outputs: object, targets: object, *, delta: Positive = 1.0, kind: Literal["a", "b"]) -> tuple[Any, ...]:
+def my_huber(outputs: object, targets: object, *, delta: Positive = 1.0, kind: Literal["a", "b"]) -> tuple[Any, ...]:
     """Squared near zero,
     absolute beyond `delta`.
 
@@ -37,9 +37,9 @@ def huber(outputs: object, targets: object, *, delta: Positive = 1.0, kind: Lite
 
 
 def test_a_function_is_registered_under_its_name_with_its_arguments() -> None:
-    assert register("loss", source="somewhere")(huber) is huber
-    entry = find("huber", "loss")
-    assert (entry.kind, entry.name, entry.factory) == ("loss", "huber", huber)
+    assert register("loss", source="somewhere")(my_huber) is my_huber
+    entry = find("my_huber", "loss")
+    assert (entry.kind, entry.name, entry.factory) == ("loss", "my_huber", my_huber)
     assert entry.summary == "Squared near zero, absolute beyond `delta`."
     assert entry.facts == {"source": "somewhere"}
     assert entry.required() == ["kind"]
@@ -49,15 +49,15 @@ def test_a_function_is_registered_under_its_name_with_its_arguments() -> None:
         "kind": "which",
     }
     found = component(entry, {"kind": "b", "delta": 2})
-    assert found == Component("loss", "huber", {"delta": 2.0, "kind": "b"})
+    assert found == Component("loss", "my_huber", {"delta": 2.0, "kind": "b"})
     assert found("x", "y") == ("x", "y", 2.0, "b")
     assert found.plain() == {"delta": 2.0, "kind": "b"}
 
 
 def test_a_name_may_be_given() -> None:
-    register("loss", "smooth_l1")(huber)
-    assert "smooth_l1" in registry.names("loss")
-    assert "huber" not in registry.names("loss")
+    register("loss", "my_smooth_l1")(my_huber)
+    assert "my_smooth_l1" in registry.names("loss")
+    assert "my_huber" not in registry.names("loss")
 
 
 def test_a_class_is_registered_by_its_init() -> None:
@@ -142,13 +142,13 @@ def test_what_is_no_schema_is_refused(factory: Callable[..., Any], said: str) ->
 
 
 def test_a_name_is_registered_once_in_a_kind() -> None:
-    register("loss")(huber)
-    with pytest.raises(ValueError, match="loss 'huber' is registered twice"):
-        register("loss")(huber)
+    register("loss")(my_huber)
+    with pytest.raises(ValueError, match="loss 'my_huber' is registered twice"):
+        register("loss")(my_huber)
     with pytest.raises(ValueError, match="loss 'mse' is registered twice"):
-        register("loss", "mse")(huber)
-    register("layer")(huber)  # another kind
-    assert find("huber", "layer").kind == "layer"
+        register("loss", "mse")(my_huber)
+    register("layer")(my_huber)  # another kind
+    assert find("my_huber", "layer").kind == "layer"
 
 
 def test_the_kind_is_one_that_there_is() -> None:
@@ -252,8 +252,8 @@ def test_a_documentation_line_ends_where_its_indentation_does() -> None:
 
 
 def test_a_component_is_strict() -> None:
-    register("loss")(huber)
-    entry = find("huber", "loss")
+    register("loss")(my_huber)
+    entry = find("my_huber", "loss")
     for wrong in ({"kind": "c"}, {"kind": "a", "delta": "1"}, {"kind": "a", "delta": True}, {"kind": "a", "Delta": 1}):
         with pytest.raises(ValidationError):
             component(entry, wrong)

@@ -5,16 +5,17 @@ Data sets lie under one root in their publishers' layouts, as torchvision keeps 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from dltrain.data.download import CHUNK, File, Report, fetch, fetch_members
@@ -30,7 +31,10 @@ NEEDS_NO_DOWNLOAD = "configs/digits_mlp.yaml and configs/digits_cnn.yaml need no
 
 @dataclass(frozen=True)
 class Layout:
-    """One form in which a data set is published: the files that it needs in one folder under the root."""
+    """One form in which a data set is published: the files that it needs in one folder under the root.
+
+    folder: "" is the root itself
+    """
 
     folder: str
     files: tuple[File, ...]
@@ -41,10 +45,11 @@ class Published:
     """What is known of a data set without reading it; registered as the fact `published`.
 
     train, test: numbers of images
-    layouts: any one of these is the data set; the first is what is downloaded; none: it comes with a package
+    layouts: any one of these is the data set; the first is what is downloaded; none: it needs no files
     download: bytes to download
-    mirrors: URLs of folders that hold the archive, or each file of the first layout as NAME.gz
+    mirrors: URLs of folders that hold the archive, or each file of the first layout
     archive: the tar.gz of the first layout, where it is not served file by file
+    gunzip: the mirrors hold each file as NAME.gz, which is stored uncompressed
     """
 
     title: str
@@ -54,10 +59,12 @@ class Published:
     download: int = 0
     mirrors: tuple[str, ...] = ()
     archive: File | None = None
+    gunzip: bool = True
 
 
 class State(StrEnum):
     EMBEDDED = "embedded"
+    OWN = "your own"
     PRESENT = "present"
     INCOMPLETE = "incomplete"
     ABSENT = "absent"
@@ -82,7 +89,9 @@ def data_root(root: str | None = None) -> Path:
 
 def state(entry: Entry, root: Path) -> Presence:
     """Whether the files of a registered data set are under `root`, from their names alone."""
-    published: Published = entry.facts["published"]
+    published: Published | None = entry.facts.get("published")
+    if published is None:
+        return Presence(State.OWN, None)
     if not published.layouts:
         return Presence(State.EMBEDDED, None)
     some = None
@@ -138,15 +147,47 @@ class Files:
                 fetch_members(urls, self.root, published.archive, layout.folder, layout.files, report=self.report)
             else:
                 for file in _missing(self.root, layout):
-                    urls = [f"{mirror}{file.name}.gz" for mirror in published.mirrors]
-                    fetch(urls, self.root / layout.folder, file, gunzip=True, report=self.report)
+                    served = f"{file.name}.gz" if published.gunzip else file.name
+                    urls = [mirror + served for mirror in published.mirrors]
+                    fetch(urls, self.root / layout.folder, file, gunzip=published.gunzip, report=self.report)
         except DataError as error:
             names = ", ".join(file.name for file in _missing(self.root, layout))
-            by_hand = f"or {published.archive.name} in {self.root}" if published.archive else "gzipped or not"
+            by_hand = ", gzipped or not" if published.gunzip else ""
+            if published.archive:
+                by_hand = f", or {published.archive.name} in {self.root}"
             raise DataError(
-                f"{published.title}: {names} not found in {self.root / layout.folder}: {error}; put the files there, "
+                f"{published.title}: {names} not found in {self.root / layout.folder}: {error}; put the files there"
                 f"{by_hand}, or name another folder as data.root or $DLTRAIN_DATA; {NEEDS_NO_DOWNLOAD}"
             ) from None
+
+    @contextlib.contextmanager
+    def own(self, name: str) -> Iterator[tuple[IO[bytes], str]]:
+        """A file of the user's own, open for reading, and "sha256:…" of its bytes.
+
+        name: its path, absolute or under the root
+
+        Raises DataError where it cannot be read.
+        """
+        path = self.root / os.path.expanduser(name)  # noqa: PTH111  # Path's raises where it finds no home
+        with _reading(path) as opened:
+            digest = self.digest(name, os.fstat(opened.fileno()), lambda: _hash(opened))
+            opened.seek(0)
+            yield opened, f"sha256:{digest}"
+
+    def digest(
+        self, key: str, status: os.stat_result | None, hashed: Callable[[], str], expected: str | None = None
+    ) -> str:
+        """SHA-256 of a file: what is remembered of one that has not changed, else what `hashed` returns.
+
+        key: what it is remembered by; status: what it was like before it was hashed, None where it has changed since
+        expected: another digest than this is never taken from memory
+        """
+        found = None if self.recheck or status is None else _recall(self.root, key, status)
+        if found is None or expected not in (None, found):  # nothing is refused from memory
+            found = hashed()
+            if status is not None:
+                _remember(self.root, key, status, found)
+        return found
 
 
 class Source:
@@ -176,35 +217,42 @@ class Source:
         Raises DataError where the file cannot be read, has another size, expands to more than it should, or is not
         the published one and must be.
         """
-        file = next(file for file in self.layout.files if file.name == name)
+        file = self._file(name)
         path = self.path(name)
         published = self._files.verify and file.sha256 is not None
-        try:
-            with path.open("rb") as opened:
-                status = os.fstat(opened.fileno())
-                if path.suffix == ".gz":
-                    limit = file.limit if published else LARGEST
-                    content = _expand(path, gzip.GzipFile(fileobj=opened), limit, size)
-                else:
-                    content = _load(path, opened, status.st_size, size)
-                unchanged = _version(os.fstat(opened.fileno())) == _version(status)
-        except MemoryError:
-            raise DataError(f"{path}: {path.stat().st_size} bytes do not fit in memory") from None
-        except (OSError, EOFError, zlib.error) as error:  # what gzip raises too
-            raise DataError(f"{path}: cannot be read: {error}") from None
-        self._check(file, path, content, status if unchanged else None)
+        with _reading(path) as opened:
+            status = os.fstat(opened.fileno())
+            if path.suffix == ".gz":
+                content = expand(path, gzip.GzipFile(fileobj=opened), size, file.limit if published else LARGEST)
+            else:
+                content = _load(path, opened, status.st_size, size)
+            unchanged = _version(os.fstat(opened.fileno())) == _version(status)
+        self._check(file, path, status if unchanged else None, lambda: hashlib.sha256(content).hexdigest())
         return content
 
-    def _check(self, file: File, path: Path, content: bytearray, status: os.stat_result | None) -> None:
-        root = self._files.root
-        key = f"{self.layout.folder}/{path.name}"
-        digest = None if self._files.recheck or status is None else _recall(root, key, status)
-        refused = self._files.verify and file.sha256 not in (None, digest)
-        if digest is None or refused:  # nothing is refused from memory
-            digest = hashlib.sha256(content).hexdigest()
-            if status is not None:
-                _remember(root, key, status, digest)
-        self.sha256[f"{self.layout.folder}/{file.name}"] = f"sha256:{digest}"
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[IO[bytes]]:
+        """The file as it lies, for what is too large to load: verified first, a mebibyte at a time.
+
+        Raises DataError as `read` does, also for what goes wrong while it is open.
+        """
+        path = self.path(name)
+        with _reading(path) as opened:
+            if self._key(name) not in self.sha256:
+                self._check(self._file(name), path, os.fstat(opened.fileno()), lambda: _hash(opened))
+                opened.seek(0)
+            yield opened
+
+    def _file(self, name: str) -> File:
+        return next(file for file in self.layout.files if file.name == name)
+
+    def _key(self, name: str) -> str:
+        return str(PurePosixPath(self.layout.folder, name))
+
+    def _check(self, file: File, path: Path, status: os.stat_result | None, hashed: Callable[[], str]) -> None:
+        expected = file.sha256 if self._files.verify else None
+        digest = self._files.digest(self._key(path.name), status, hashed, expected)
+        self.sha256[self._key(file.name)] = f"sha256:{digest}"
         if digest == file.sha256:
             return
         if file.sha256 is None:
@@ -230,6 +278,22 @@ def _missing(root: Path, layout: Layout) -> Sequence[File]:
     return [file for file, path in paths.items() if not (path.is_file() or _gzipped(path).is_file())]
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    """The open file; what goes wrong with it while it is open becomes a DataError."""
+    try:
+        with path.open("rb") as opened:
+            yield opened
+    except MemoryError:
+        raise DataError(f"{path}: {path.stat().st_size} bytes do not fit in memory") from None
+    except (OSError, EOFError, zlib.error) as error:  # what gzip raises too
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _hash(opened: IO[bytes]) -> str:
+    return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # every binary file will do
+
+
 def _load(path: Path, opened: IO[bytes], found: int, size: Size | None) -> bytearray:
     expected = None if size is None else size(opened.read(HEADER))
     if expected not in (None, found):
@@ -243,8 +307,15 @@ def _load(path: Path, opened: IO[bytes], found: int, size: Size | None) -> bytea
     return content
 
 
-def _expand(path: Path, stream: gzip.GzipFile, limit: int, size: Size | None) -> bytearray:
-    """Inflates no more than one byte over `limit`, or over the size that the header gives."""
+def expand(where: object, stream: gzip.GzipFile, size: Size | None = None, limit: int = LARGEST) -> bytearray:
+    """The whole of a gzip stream, of which no more is inflated than one byte over what it may hold.
+
+    where: what an error calls it
+    size: given the first 16 bytes, how many the whole must have; it may raise DataError
+    limit: bytes that it may hold
+
+    Raises DataError where it holds fewer or more; gzip's own errors where it is broken.
+    """
     content = bytearray(stream.read(HEADER))
     expected = None if size is None else size(bytes(content))
     if expected is not None:
@@ -252,9 +323,9 @@ def _expand(path: Path, stream: gzip.GzipFile, limit: int, size: Size | None) ->
     while chunk := stream.read(min(CHUNK, limit + 1 - len(content))):
         content += chunk
     if len(content) > limit:
-        raise DataError(f"{path}: expected at most {limit} bytes uncompressed, found more")
+        raise DataError(f"{where}: expected at most {limit} bytes uncompressed, found more")
     if expected is not None and len(content) < expected:
-        raise DataError(f"{path}: expected {expected} bytes uncompressed, as its header has it, found {len(content)}")
+        raise DataError(f"{where}: expected {expected} bytes uncompressed, as its header has it, found {len(content)}")
     return content
 
 

@@ -6,12 +6,19 @@ What comes out of it is found by running it once on zeros, so no layer states it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dltrain.lazy import nn, torch
-from dltrain.models.activations import Shape
-from dltrain.registry import BelowOne, Component, Layers, NonNegativeInt, Positive, PositiveInt, register
+from dltrain.models.activations import Finite, Shape
+from dltrain.models.initial import start
+from dltrain.registry import BelowOne, Component, Init, NonNegativeInt, PositiveInt, register
+
+Width = PositiveInt | Literal["classes"]
+Window = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+Connections = Annotated[list[Annotated[list[NonNegativeInt], Field(min_length=1)]], Field(min_length=1)]
 
 
 def sequence(shape: Shape, outputs: int, layers: Sequence[Component]) -> nn.Sequential:
@@ -50,21 +57,37 @@ def shape_after(module: nn.Module, shape: Shape) -> Shape:
 
 def written_out(layers: Sequence[Component]) -> int:
     """How many layers there are once each `repeat` is written out."""
-    return sum(
-        layer.args.get("times", 1) * written_out(layer.args["layers"]) if "layers" in layer.args else 1
-        for layer in layers
-    )
+    return sum(layer.args.get("times", 1) * max(1, written_out(list(_inside(layer)))) for layer in layers)
+
+
+def _inside(layer: Component) -> Iterable[Component]:
+    """The layers in a layer's own lists."""
+    waiting: list[Any] = [value for value in layer.args.values() if isinstance(value, list)]
+    while waiting:
+        for each in waiting.pop():
+            if isinstance(each, list):
+                waiting.append(each)
+            elif isinstance(each, Component):
+                yield each
 
 
 def show(shape: Shape) -> str:
     return "x".join(map(str, shape))
 
 
-def _image(shape: Shape) -> tuple[int, int, int]:
+def image(shape: Shape) -> tuple[int, int, int]:
+    """Channels, height and width; raises ValueError where the shape is not an image's."""
     if len(shape) != 3:
         raise ValueError(f"needs an image (channels x height x width), got {show(shape)} numbers")
     channels, height, width = shape
     return channels, height, width
+
+
+def row(shape: Shape) -> int:
+    """How many numbers; raises ValueError where they are not in a row."""
+    if len(shape) != 1:
+        raise ValueError(f"needs a row of numbers, got {show(shape)}; put `flatten` or `globalpool` before it")
+    return shape[0]
 
 
 @register("layer")
@@ -72,84 +95,191 @@ def conv(
     shape: Shape,
     outputs: int,
     *,
-    out: PositiveInt | Literal["classes"],
-    kernel: PositiveInt = 3,
+    out: Width,
+    kernel: Window = 3,
     stride: PositiveInt = 1,
     padding: NonNegativeInt | Literal["same", "valid"] = "valid",
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
     dilation: PositiveInt = 1,
-    groups: PositiveInt = 1,
+    groups: PositiveInt | Literal["depthwise"] = 1,
+    connections: Connections | None = None,
     bias: bool = True,
+    init: Init | None = None,
 ) -> nn.Module:
     """Convolution of an image.
 
     out: output channels; `classes`: as many as the model has outputs
-    kernel: height and width of the window
+    kernel: height and width of the window: one number, or [height, width]
     stride: pixels between two windows
-    padding: zeros around the image: pixels, `valid` (none) or `same` (what makes the output as large as the input
+    padding: pixels around the image: how many, `valid` (none) or `same` (what makes the output as large as the input
         divided by the stride)
+    padding_mode: what they are: zeros, the image mirrored (reflect), its outermost pixels (replicate), or its other
+        side (circular)
     dilation: pixels between two taps of the window
+    groups: parts that the channels are split into, each convolved alone; `depthwise`: each input channel alone
+    connections: for each output channel the input channels, from 0, that it sees; default: all (as the table in LeCun
+        et al. 1998, section II.B)
+    bias: add a number to each output channel
+    init: how the weights start, the bias then at zero; default: the model's `init`, else torch's
+    """
+    channels, _, _ = image(shape)
+    width = outputs if out == "classes" else out
+    groups = channels if groups == "depthwise" else groups
+    if channels % groups or width % groups:
+        raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
+    window = kernel if isinstance(kernel, list) else [kernel, kernel]
+    reach = [dilation * (size - 1) for size in window]
+    if padding == "same" and any(each % 2 for each in reach):
+        raise ValueError(f"padding: same needs an odd window; kernel {kernel} with dilation {dilation} is even")
+    pixels = tuple(each // 2 if padding == "same" else 0 if padding == "valid" else padding for each in reach)
+    settings: dict[str, Any] = {
+        "kernel_size": tuple(window),
+        "stride": stride,
+        "padding": pixels,
+        "padding_mode": padding_mode,
+        "dilation": dilation,
+        "bias": bias,
+    }
+    if connections is None:
+        return start(nn.Conv2d(channels, width, groups=groups, **settings), init)
+    from dltrain.modules import TableConv2d
+
+    if len(connections) != width:
+        raise ValueError(f"connections: {len(connections)} lists for {width} output channels")
+    if groups != 1:
+        raise ValueError("connections and groups exclude each other")
+    for output, sources in enumerate(connections):
+        if max(sources) >= channels or len({*sources}) < len(sources):
+            text = f"list {output}, {sources}: expected different input channels of 0..{channels - 1}"
+            raise ValueError(f"connections: {text}")
+    return start(TableConv2d(channels, connections, **settings), init)
+
+
+@register("layer")
+def conv_transpose(
+    shape: Shape,
+    outputs: int,
+    *,
+    out: Width,
+    kernel: PositiveInt = 3,
+    stride: PositiveInt = 1,
+    padding: NonNegativeInt = 0,
+    output_padding: NonNegativeInt = 0,
+    groups: PositiveInt = 1,
+    bias: bool = True,
+    init: Init | None = None,
+) -> nn.Module:
+    """Transposed convolution: each pixel spreads over a window, so that a stride makes the image larger.
+
+    A side of n pixels becomes (n - 1) stride - 2 padding + kernel + output_padding.
+
+    out: output channels; `classes`: as many as the model has outputs
+    kernel: height and width of the window
+    stride: pixels between two windows in the output
+    padding: pixels cut off at each side of the output
+    output_padding: pixels added at the right and at the bottom, fewer than the stride
     groups: parts that the channels are split into, each convolved alone
     bias: add a number to each output channel
+    init: how the weights start, the bias then at zero; default: the model's `init`, else torch's
     """
-    channels, _, _ = _image(shape)
+    channels, _, _ = image(shape)
     width = outputs if out == "classes" else out
     if channels % groups or width % groups:
         raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
-    if padding == "same":
-        reach = dilation * (kernel - 1)
-        if reach % 2:
-            raise ValueError(f"padding: same needs an odd window; kernel {kernel} with dilation {dilation} is even")
-        padding = reach // 2
-    pixels = 0 if padding == "valid" else padding
-    return nn.Conv2d(channels, width, kernel, stride, pixels, dilation, groups, bias)
+    return start(nn.ConvTranspose2d(channels, width, kernel, stride, padding, output_padding, groups, bias=bias), init)
 
 
 @register("layer")
-def maxpool(
-    shape: Shape, outputs: int, *, size: PositiveInt = 2, stride: PositiveInt | None = None, padding: NonNegativeInt = 0
+def linear(shape: Shape, outputs: int, *, out: Width, bias: bool = True, init: Init | None = None) -> nn.Module:
+    """Every output a weighted sum of all inputs: a fully connected layer.
+
+    out: how many outputs; `classes`: as many as the model has
+    bias: add a number to each output
+    init: how the weights start, the bias then at zero; default: the model's `init`, else torch's
+    """
+    return start(nn.Linear(row(shape), outputs if out == "classes" else out, bias), init)
+
+
+@register("layer")
+def rbf(shape: Shape, outputs: int, *, out: Width) -> nn.Module:
+    """Minus the squared distances to fixed random codes of +1 and -1, one for each output (LeCun et al. 1998, II.B).
+
+    The codes are no parameters; LeNet-5 has them drawn by hand, and the paper allows random ones.
+
+    out: how many codes; `classes`: as many as the model has outputs
+    """
+    from dltrain.modules import RadialBasis
+
+    return RadialBasis(row(shape), outputs if out == "classes" else out)
+
+
+@register("layer")
+def scale(shape: Shape, outputs: int, *, value: Finite = 1.0, bias: bool = False) -> nn.Module:
+    """Each channel times a number of its own, which is learned.
+
+    After `sumpool`, with a bias, it is LeNet-5's subsampling (LeCun et al. 1998); at the end of a residual path, from a
+    small value on, the layer scale of Touvron et al. 2021.
+
+    value: where the numbers start
+    bias: add a learned number to each channel, from 0 on
+    """
+    from dltrain.modules import Scale
+
+    return Scale(shape, value, bias)
+
+
+@register("layer")
+def multiply(shape: Shape, outputs: int, *, factor: Finite) -> nn.Module:
+    """Everything times a fixed number, such as the logits.
+
+    factor: that number
+    """
+    from dltrain.modules import Multiply
+
+    return Multiply(factor)
+
+
+@register("layer")
+def flatten(shape: Shape, outputs: int) -> nn.Module:
+    """An image as one row of numbers."""
+    return nn.Flatten()
+
+
+@register("layer")
+def pad(
+    shape: Shape,
+    outputs: int,
+    *,
+    pixels: PositiveInt,
+    mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
 ) -> nn.Module:
-    """The largest value of each window.
+    """Pixels around the image.
 
-    size: height and width of the window
-    stride: pixels between two windows; default: the size
-    padding: pixels around the image, at most half the size, never the largest
+    pixels: on each side
+    mode: what they are: zeros, the image mirrored (reflect), its outermost pixels (replicate), or its other side
+        (circular)
     """
-    _image(shape)
-    return nn.MaxPool2d(size, stride, padding)
+    image(shape)
+    modules: dict[str, type[nn.Module]] = {
+        "zeros": nn.ZeroPad2d,
+        "reflect": nn.ReflectionPad2d,
+        "replicate": nn.ReplicationPad2d,
+        "circular": nn.CircularPad2d,
+    }
+    return modules[mode](pixels)
 
 
 @register("layer")
-def avgpool(
-    shape: Shape, outputs: int, *, size: PositiveInt = 2, stride: PositiveInt | None = None, padding: NonNegativeInt = 0
+def upsample(
+    shape: Shape, outputs: int, *, scale: PositiveInt = 2, mode: Literal["nearest", "bilinear"] = "nearest"
 ) -> nn.Module:
-    """The mean of each window.
+    """A larger image.
 
-    size: height and width of the window
-    stride: pixels between two windows; default: the size
-    padding: zeros around the image, at most half the size, counted in the mean
+    scale: how many times as high and wide
+    mode: each pixel repeated (nearest), or what lies between interpolated (bilinear)
     """
-    _image(shape)
-    return nn.AvgPool2d(size, stride, padding)
-
-
-@register("layer")
-def globalpool(shape: Shape, outputs: int, *, kind: Literal["avg", "max"] = "avg") -> nn.Module:
-    """One number for each channel, from all its pixels; the result is flat.
-
-    kind: avg: their mean; max: the largest
-    """
-    _image(shape)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1) if kind == "avg" else nn.AdaptiveMaxPool2d(1), nn.Flatten())
-
-
-@register("layer")
-def batchnorm(shape: Shape, outputs: int, *, momentum: Positive = 0.1, eps: Positive = 1e-5) -> nn.Module:
-    """Batch normalisation (Ioffe & Szegedy 2015) of channels, or of features after `flatten`.
-
-    momentum: share of a batch in the running statistics that evaluation uses
-    eps: added to the variance
-    """
-    return (nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], eps=eps, momentum=momentum)
+    image(shape)
+    return nn.Upsample(scale_factor=scale, mode=mode)
 
 
 @register("layer")
@@ -162,58 +292,13 @@ def dropout(shape: Shape, outputs: int, *, probability: BelowOne = 0.5) -> nn.Mo
 
 
 @register("layer")
-def flatten(shape: Shape, outputs: int) -> nn.Module:
-    """An image as one row of numbers."""
-    return nn.Flatten()
+def drop_path(shape: Shape, outputs: int, *, probability: BelowOne) -> nn.Module:
+    """Stochastic depth: as `dropout`, but of all numbers of an image at once (Huang et al. 2016).
 
+    It is for the end of a residual path, which it then leaves out for some images of a batch.
 
-@register("layer")
-def linear(shape: Shape, outputs: int, *, out: PositiveInt | Literal["classes"], bias: bool = True) -> nn.Module:
-    """Every output a weighted sum of all inputs: a fully connected layer.
-
-    out: how many outputs; `classes`: as many as the model has
-    bias: add a number to each output
+    probability: of each image to be set to zero
     """
-    if len(shape) != 1:
-        raise ValueError(f"needs a row of numbers, got {show(shape)}; put `flatten` or `globalpool` before it")
-    return nn.Linear(shape[0], outputs if out == "classes" else out, bias)
+    from dltrain.modules import DropPath
 
-
-@register("layer")
-def repeat(shape: Shape, outputs: int, *, times: PositiveInt, layers: Layers) -> nn.Module:
-    """The same layers several times, each time with weights of its own.
-
-    times: how often
-    layers: what is repeated
-    """
-    return sequence(shape, outputs, [*layers] * times)
-
-
-@register("layer")
-def residual(
-    shape: Shape, outputs: int, *, layers: Layers, shortcut: Literal["identity", "projection"] = "identity"
-) -> nn.Module:
-    """The layers' output plus their input (He et al. 2016).
-
-    layers: the path beside the shortcut
-    shortcut: `identity` needs equal shapes; `projection` brings the input to the output's shape by a strided 1x1
-        convolution and batch normalisation
-    """
-    from dltrain.modules import Residual
-
-    path = sequence(shape, outputs, layers)
-    after = shape_after(path, shape)
-    if shortcut == "identity":
-        if after != shape:
-            text = (
-                f"the layers make {show(after)} of {show(shape)}; equal shapes, or `shortcut: projection`, are needed"
-            )
-            raise ValueError(text)
-        return Residual(path, nn.Identity())
-    channels, height, _ = _image(shape)
-    wanted, smaller, _ = _image(after)
-    stride = -(-height // smaller)
-    projection = nn.Sequential(nn.Conv2d(channels, wanted, 1, stride, bias=False), nn.BatchNorm2d(wanted))
-    if shape_after(projection, shape) != after:
-        raise ValueError(f"no strided projection makes {show(after)} of {show(shape)}")
-    return Residual(path, projection)
+    return DropPath(probability)

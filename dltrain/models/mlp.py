@@ -6,7 +6,8 @@ from math import prod
 
 from dltrain.lazy import nn
 from dltrain.models.activations import Shape
-from dltrain.registry import Activation, BelowOne, Component, PositiveInt, register
+from dltrain.models.initial import start_others
+from dltrain.registry import Activation, BelowOne, Component, Init, PositiveInt, register
 
 
 @register("model")
@@ -18,6 +19,7 @@ def mlp(
     activation: Activation = Component("activation", "relu", {}),  # noqa: B008  it cannot be changed
     dropout: BelowOne = 0.0,
     batchnorm: bool = False,
+    init: Init | None = None,
 ) -> nn.Module:
     """Fully connected layers from pixels to outputs.
 
@@ -25,6 +27,7 @@ def mlp(
     activation: after each hidden layer
     dropout: probability of each hidden number to be set to zero while training
     batchnorm: normalise before each activation; the layer then has no bias of its own
+    init: how the weights start, the biases then at zero; default: torch's
     """
     modules: list[nn.Module] = [nn.Flatten()]
     before = prod(shape)
@@ -37,4 +40,4 @@ def mlp(
             modules.append(nn.Dropout(dropout))
         before = width
     modules.append(nn.Linear(before, outputs))
-    return nn.Sequential(*modules)
+    return start_others(nn.Sequential(*modules), init)
