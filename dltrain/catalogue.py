@@ -27,8 +27,8 @@ def presence(root: str | None) -> list[dict[str, Any]]:
             {
                 "name": entry.name,
                 "title": published.title or entry.name,
-                "train": published.train,
-                "test": published.test,
+                "train": published.train or None,
+                "test": published.test or None,
                 "download": published.download,
                 "state": str(found.state),
                 "folder": str(found.folder) if found.folder else None,

@@ -142,7 +142,8 @@ def data(rows: Sequence[dict[str, Any]], console: Console) -> None:
     table = _table("name", "train", "test", "download", "state ")
     for row in rows:
         download = f"{row['download'] / 1e6:,.0f} MB" if row["download"] else "none"
-        table.add_row(row["name"], f"{row['train']:,}", f"{row['test']:,}", download, row["state"])
+        counts = ["-" if row[split] is None else f"{row[split]:,}" for split in ("train", "test")]
+        table.add_row(row["name"], *counts, download, row["state"])
     console.print(table)
     for row in rows:
         if row["folder"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import pickle
@@ -27,13 +28,64 @@ class Written(NamedTuple):
     test_labels: np.ndarray
 
 
-def write_mnist(root: Path, n_train: int = 200, n_test: int = 50, seed: int = 0, gz: bool = False) -> Written:
+def write_mnist(
+    root: Path, n_train: int = 200, n_test: int = 50, seed: int = 0, gz: bool = False, folder: str = "MNIST"
+) -> Written:
+    """folder: also FashionMNIST or KMNIST"""
     made = _make(n_train, n_test, seed, (1, 28, 28), 10)
-    folder = root / "MNIST" / "raw"
     for name, images, labels in (("train", made[0], made[1]), ("t10k", made[2], made[3])):
-        write_file(folder / f"{name}-images-idx3-ubyte", idx(images[:, 0]), gz)
-        write_file(folder / f"{name}-labels-idx1-ubyte", idx(labels), gz)
+        write_file(root / folder / "raw" / f"{name}-images-idx3-ubyte", idx(images[:, 0]), gz)
+        write_file(root / folder / "raw" / f"{name}-labels-idx1-ubyte", idx(labels), gz)
     return made
+
+
+def emnist_files(split: str, classes: int, n_train: int = 80, n_test: int = 70, seed: int = 0) -> dict[str, bytes]:
+    """Name -> content, where letters count from 1 and images lie by columns."""
+    made = _make(n_train, n_test, seed, (1, 28, 28), classes)
+    first = 1 if split == "letters" else 0
+    files = {}
+    for name, images, labels in (("train", made[0], made[1]), ("test", made[2], made[3])):
+        files[f"emnist-{split}-{name}-images-idx3-ubyte"] = idx(images[:, 0].swapaxes(1, 2))
+        files[f"emnist-{split}-{name}-labels-idx1-ubyte"] = idx(labels + first)
+    return files
+
+
+def write_svhn(
+    root: Path, n_train: int = 30, n_test: int = 20, n_extra: int = 0, seed: int = 0, compressed: bool = True
+) -> Written:
+    """The extra images have the seed after this one; they are not among those returned."""
+    from scipy.io import savemat
+
+    made = _make(n_train, n_test, seed, (3, 32, 32), 10)
+    parts = [("train", made[0], made[1]), ("test", made[2], made[3])]
+    if n_extra:
+        extra = _make(n_extra, 1, seed + 1, (3, 32, 32), 10)
+        parts.append(("extra", extra[0], extra[1]))
+    root.mkdir(parents=True, exist_ok=True)
+    for name, images, labels in parts:
+        y = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+        arrays = {"X": images.transpose(2, 3, 1, 0), "y": y}
+        savemat(root / f"{name}_32x32.mat", arrays, do_compression=compressed)
+    return made
+
+
+def write_usps(root: Path, n_train: int = 30, n_test: int = 20, seed: int = 0) -> Written:
+    """The images' levels are multiples of 15, so that the six decimals of their values give them back."""
+    made = _make(n_train, n_test, seed, (1, 16, 16), 10)
+    made = made._replace(train_images=made[0] // 15 * 15, test_images=made[2] // 15 * 15)
+    for name, images, labels in (("usps.bz2", made[0], made[1]), ("usps.t.bz2", made[2], made[3])):
+        write_file(root / name, bz2.compress(libsvm(images / 127.5 - 1, labels + 1)))
+    return made
+
+
+def libsvm(images: np.ndarray, labels: np.ndarray) -> bytes:
+    """Lines `label 1:value 2:value … `, as LIBSVM's data sets have them."""
+    rows = images.reshape(len(images), -1)
+    lines = [
+        f"{label} " + "".join(f"{at}:{value:.6g} " for at, value in enumerate(row, 1))
+        for label, row in zip(labels, rows, strict=True)
+    ]
+    return "\n".join([*lines, ""]).encode()
 
 
 def write_cifar10(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Run
 from data_files import write_cifar100, write_mnist
 
-from dltrain import cli, shipped
+from dltrain import checkpoint, cli, rundir, shipped
 
 SMALL = ["digits_mlp", "--set", "train.epochs=2", "--set", "data.limit=300"]
 
@@ -65,7 +66,9 @@ def test_without_val_the_last_weights_are_kept_and_val_is_null(dltrain: Run) -> 
     settings = ("--set", "data.val=0", "--set", "train.choose_by=last")
     summary = json.loads(dltrain("train", *SMALL, *settings, "--json", "-q", "--out", "run").out)
     assert (summary["val"], summary["chosen_by"], summary["chosen_epoch"]) == (None, "last", 2)
-    assert not Path("run/best.safetensors").exists()
+    last, best = (checkpoint.read(path)[0] for path in (rundir.steps(Path("run"))[0], Path("run/best.safetensors")))
+    assert best
+    assert all(torch.equal(last[name], tensor) for name, tensor in best.items())
     assert json.loads(dltrain("eval", "run", "--json").out)["loss"] == summary["test"]["loss"]
     refused = dltrain("eval", "run", "--split", "val")
     assert (refused.code, len(refused.err.splitlines())) == (2, 1)

@@ -5,27 +5,49 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
 from data_files import write_cifar10, write_cifar100, write_mnist
+from torch.utils.flop_counter import FlopCounterMode
 
-from dltrain import shipped
+from dltrain import config, shipped
+from dltrain.build import build_model
 
-WRITERS = {"mnist": write_mnist, "cifar10": write_cifar10, "cifar100": write_cifar100}
+
+def write_folder(root: Path, n_train: int, n_test: int) -> None:
+    from PIL import Image
+
+    for split, count in (("train", n_train), ("test", n_test)):
+        for number in range(count):
+            path = root / "images" / split / f"class_{number % 3}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 36), (number, 80 * (number % 3), 0)).save(path)
+
+
+WRITERS = {
+    "mnist": write_mnist,
+    "fashion_mnist": partial(write_mnist, folder="FashionMNIST"),
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "folder": write_folder,
+}
+SHAPES = {"mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "digits": (1, 8, 8)}  # (3, 32, 32) otherwise
 
 
 @pytest.mark.parametrize("name", shipped.names())
-def test_a_config_trains(dltrain: Run, tmp_path: Path, name: str) -> None:
+def test_a_config_trains(dltrain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A few steps on small files in the publishers' layout."""
-    settings = ["--set", "train.epochs=1", "--set", "data.val=20", "--set", "descent.batch_size=32"]
-    dataset = name.partition("_")[0]
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
+    settings = ["data.limit=60", "data.val=12", "descent.batch_size=16", "train.epochs=1", "schedule.warmup_epochs=0"]
+    dataset = config.load(shipped.find(name)).data.source.name
     if dataset in WRITERS:
-        WRITERS[dataset](tmp_path / "data", 100, 50)
-        settings += ["--set", "data.verify=false"]
-    else:
-        settings += ["--set", "data.limit=100"]
+        WRITERS[dataset](tmp_path / "data", 60, 16)
+        settings.append("data.verify=false")
+    settings = [part for setting in settings for part in ("--set", setting)]
     done = dltrain("train", name, "--json", "--out", "run", *settings)
     assert done.code == 0, done.err
     summary = json.loads(done.out)
@@ -36,16 +58,36 @@ def test_a_config_trains(dltrain: Run, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", shipped.names())
 def test_a_config_says_what_to_type_and_what_to_expect(name: str) -> None:
+    head = head_of(name)
+    assert head[0] == f"dltrain train configs/{name}.yaml"
+    text = " ".join(head[2:])
+    assert re.search(r"Expect: (\d\d\.\d\d |not run to the end here)", text)
+    assert re.search(
+        r"Time: +(\d+ s for the whole command, .+ on|not timed; \d+ MFLOPs for an image's forward pass)", text
+    )
+    assert re.search(r"Source: \w+", text)
+
+
+def head_of(name: str) -> list[str]:
     head = []
     for line in (shipped.folder() / f"{name}.yaml").read_text().splitlines():
         if not line.startswith("#"):
             break
         head.append(line.removeprefix("#").strip())
-    text = " ".join(head)
-    assert head[0] == f"dltrain train configs/{name}.yaml"
-    assert re.search(r"Expect: .*\d\d\.\d", text) or "not run to the end here" in text
-    assert "Time:" in text
-    assert "Source:" in text
+    return head
+
+
+@pytest.mark.parametrize("name", [name for name in shipped.names() if "MFLOPs" in " ".join(head_of(name))])
+def test_a_config_says_what_an_image_costs(name: str) -> None:
+    loaded = config.load(shipped.find(name))
+    shape = SHAPES.get(loaded.data.source.name, (3, 32, 32))
+    classes = 100 if loaded.data.source.name == "cifar100" else 10
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model(loaded, shape, classes).eval()
+        built = counter.get_total_flops()  # layers are tried as they are built
+        model(torch.zeros(1, *shape))
+    flops = counter.get_total_flops() - built
+    assert f" {round(flops / 1e6)} MFLOPs" in " ".join(head_of(name))
 
 
 REAL = os.environ.get("DLTRAIN_TEST_DATA")

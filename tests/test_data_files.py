@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,76 @@ def test_presence_is_told_from_names_alone(tmp_path):
     assert presence("cifar10") == Presence(State.PRESENT, binary)
     (binary / "test_batch.bin").unlink()
     assert presence("cifar10") == Presence(State.INCOMPLETE, binary)
+
+
+IN_ROOT = Published("One file", 1, 1, (Layout("", (File("file", len(CONTENT), DIGEST),)),))
+
+
+@pytest.fixture
+def opening(tmp_path, monkeypatch):
+    """Opens the file in the root and reads it; `opening.hashed` has how often it was hashed."""
+    (tmp_path / "file").write_bytes(CONTENT)
+    hashed = []
+    monkeypatch.setattr(files_module, "_hash", lambda opened, real=files_module._hash: hashed.append(1) or real(opened))
+
+    def opens(**changes):
+        source = Files(tmp_path, **{"download": False} | changes).open(IN_ROOT)
+        with source.opened("file") as opened:
+            return source, opened.read()
+
+    opens.hashed = hashed
+    return opens
+
+
+def test_an_opened_file_is_verified_first(tmp_path, opening):
+    source, content = opening()
+    assert content == CONTENT
+    assert source.verified
+    assert source.sha256 == {"file": f"sha256:{DIGEST}"}
+    (tmp_path / "file").write_bytes(CONTENT[:-1])
+    with pytest.raises(DataError, match=f"{tmp_path}/file: not the published file: expected SHA-256 {DIGEST}"):
+        opening()
+    source, content = opening(verify=False)
+    assert content == CONTENT[:-1]
+    assert not source.verified
+
+
+def test_an_opened_file_is_hashed_once_while_it_does_not_change(tmp_path, opening):
+    opening()
+    opening()
+    assert len(opening.hashed) == 1
+    source, _ = opening(recheck=True)
+    with source.opened("file") as opened:
+        assert opened.read() == CONTENT
+    assert len(opening.hashed) == 2  # once for one source
+
+
+@pytest.mark.parametrize("error", [EOFError("ended"), gzip.BadGzipFile("ended"), zlib.error("ended")])
+def test_what_goes_wrong_in_an_open_file_is_a_data_error(tmp_path, opening, error):
+    source, _ = opening()
+    with pytest.raises(DataError, match=f"{tmp_path}/file: cannot be read: ended"), source.opened("file"):
+        raise error
+    with pytest.raises(DataError, match=f"{tmp_path}/file: {len(CONTENT)} bytes do not fit in memory"):  # noqa: SIM117
+        with source.opened("file"):
+            raise MemoryError
+
+
+def test_a_file_of_the_users_own_is_hashed_once(tmp_path, opening):
+    for root, name in (
+        (tmp_path, "file"),
+        (tmp_path, str(tmp_path / "file")),
+        (tmp_path / "absent", str(tmp_path / "file")),
+    ):
+        for _ in range(2):
+            with Files(root).own(name) as (opened, sha256):
+                assert opened.read() == CONTENT
+                assert sha256 == f"sha256:{DIGEST}"
+    assert len(opening.hashed) == 1 + 1 + 2  # what is under no root is not remembered
+    with Files(tmp_path, recheck=True).own("file"):
+        assert len(opening.hashed) == 5
+
+
+def test_data_of_the_users_own_has_no_folder(tmp_path):
+    import dltrain.data.npz  # noqa: F401  # registers it
+
+    assert state(find("npz", "data"), tmp_path) == Presence(State.OWN, None)

@@ -532,6 +532,28 @@ def test_missing_mnist_files_are_downloaded_into_their_place(server, tmp_path, m
     assert len(server.asked) == 2
 
 
+def test_files_that_are_kept_gzipped_are_stored_as_they_are_served(server, tmp_path, monkeypatch):
+    written = write_mnist(tmp_path / "publisher", gz=True, folder="KMNIST")
+    published = {path.name: path.read_bytes() for path in (tmp_path / "publisher/KMNIST/raw").iterdir()}
+    layout = Layout("KMNIST/raw", tuple(file_of(content, name) for name, content in published.items()))
+    for name, content in published.items():
+        server.serve(name, content)
+    facts = Published("KMNIST", 200, 50, (layout,), mirrors=(server.base,), gunzip=False)
+    monkeypatch.setattr(mnist_module, "KMNIST_GZIPPED", layout)
+    monkeypatch.setattr(mnist_module, "KMNIST", facts)
+    dataset = mnist_module.kmnist(Files(tmp_path / "root"))
+    assert dataset.verified
+    assert dataset.test.labels.tolist() == written.test_labels.tolist()
+    assert (tmp_path / "root/KMNIST/raw/t10k-labels-idx1-ubyte.gz").read_bytes() == published[
+        "t10k-labels-idx1-ubyte.gz"
+    ]
+    server.serve("t10k-labels-idx1-ubyte.gz", gzip.compress(b"another file"))
+    (tmp_path / "root/KMNIST/raw/t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(DataError, match="wrong bytes: expected SHA-256") as caught:
+        mnist_module.kmnist(Files(tmp_path / "root"))
+    assert "gzipped or not" not in str(caught.value)
+
+
 def test_missing_cifar_files_are_taken_from_the_archive(server, tmp_path, monkeypatch):
     written = write_cifar10(tmp_path / "publisher")
     folder = tmp_path / "publisher" / "cifar-10-batches-py"

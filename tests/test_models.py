@@ -164,6 +164,11 @@ X = torch.arange(-16.0, 0).double().reshape(1, 1, 4, 4)  # -16 … -1: no zero o
         ({"maxpool": {"size": 2, "padding": 1}}, [[-16, -14, -13], [-8, -6, -5], [-4, -2, -1]]),
         ({"avgpool": 2}, [[-13.5, -11.5], [-5.5, -3.5]]),
         ({"avgpool": {"size": 3, "stride": 1}}, [[-11, -10], [-7, -6]]),
+        ({"sumpool": 2}, [[-54, -46], [-22, -14]]),
+        ({"sumpool": {"size": 2, "padding": 1}}, [[-16, -29, -13], [-20, -34, -14], [-4, -5, -1]]),
+        ({"adaptive_avgpool": 2}, [[-13.5, -11.5], [-5.5, -3.5]]),
+        ({"adaptive_avgpool": 3}, [[-13.5, -12.5, -11.5], [-9.5, -8.5, -7.5], [-5.5, -4.5, -3.5]]),
+        ({"upsample": 1}, X[0, 0].tolist()),
         ({"avgpool": {"size": 2, "padding": 1}}, [[-4, -7.25, -3.25], [-5, -8.5, -3.5], [-1, -1.25, -0.25]]),
     ],
 )
@@ -223,13 +228,38 @@ def normal_cdf(x: float) -> float:
         ("sigmoid", lambda x: 1 / (1 + math.exp(-x))),
         ("gelu", lambda x: x * normal_cdf(x)),
         ("silu", lambda x: x / (1 + math.exp(-x))),
+        ("mish", lambda x: x * math.tanh(math.log1p(math.exp(x)))),
+        # the constants of Klambauer et al. 2017, equation 14
+        ("selu", lambda x: 1.0507009873554805 * (x if x > 0 else 1.6732632423543772 * (math.exp(x) - 1))),
+        ("celu", lambda x: x if x > 0 else math.exp(x) - 1),
+        ({"celu": 2}, lambda x: x if x > 0 else 2 * (math.exp(x / 2) - 1)),
+        ("relu6", lambda x: min(max(x, 0), 6)),
+        ("softplus", lambda x: math.log1p(math.exp(x))),
+        ({"softplus": 3}, lambda x: math.log1p(math.exp(3 * x)) / 3),
+        ("prelu", lambda x: x if x > 0 else 0.25 * x),
+        ({"prelu": {"slope": -0.5, "shared": True}}, lambda x: x if x > 0 else -0.5 * x),
+        ("hardsigmoid", lambda x: min(max(x + 3, 0), 6) / 6),
+        ("hardswish", lambda x: x * min(max(x + 3, 0), 6) / 6),
+        ("hardtanh", lambda x: min(max(x, -1), 1)),
+        ({"hardtanh": {"low": -0.5, "high": 6}}, lambda x: min(max(x, -0.5), 6)),
+        ("softshrink", lambda x: math.copysign(max(abs(x) - 0.5, 0), x)),
+        ({"softshrink": 0.75}, lambda x: math.copysign(max(abs(x) - 0.75, 0), x)),
+        ("hardshrink", lambda x: x if abs(x) > 0.5 else 0),
+        ({"hardshrink": 2}, lambda x: x if abs(x) > 2 else 0),
+        ("softsign", lambda x: x / (1 + abs(x))),
+        ("log_sigmoid", lambda x: -math.log1p(math.exp(-x))),
+        ("tanhshrink", lambda x: x - math.tanh(x)),
+        ("scaled_tanh", lambda x: 1.7159 * math.tanh(2 / 3 * x)),
+        ({"scaled_tanh": {"amplitude": 2, "slope": 3}}, lambda x: 2 * math.tanh(3 * x)),
         ("identity", lambda x: x),
     ],
 )
 def test_activations_are_their_formulas(written, formula):
-    points = [-3.0, -1.0, -0.25, 0.0, 0.5, 2.0]
-    found = layer(written, (6,))(torch.tensor([points]).double())
-    torch.testing.assert_close(found, torch.tensor([[formula(x) for x in points]]).double())
+    points = [-3.5, -1.0, -0.25, 0.0, 0.5, 2.0, 7.0]
+    found = layer(written, (7,))(torch.tensor([points]).double())
+    torch.testing.assert_close(
+        found, torch.tensor([[formula(x) for x in points]], dtype=torch.float64), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_an_identity_shortcut_adds_the_input():
@@ -288,6 +318,14 @@ def test_a_sigmoid_needs_one_output_and_two_classes():
 CONV = {"conv": {"out": 4}}
 
 
+def connected(lists: list[list[int]], **settings: Any) -> dict[str, Any]:
+    return {"conv": {"out": 2, "connections": lists, **settings}}
+
+
+def shortcut(kind: str, layer: Any) -> dict[str, Any]:
+    return {"residual": {"layers": [layer], "shortcut": kind}}
+
+
 @pytest.mark.parametrize(
     ("layers", "index", "name", "shapes", "reason"),
     [
@@ -309,7 +347,7 @@ CONV = {"conv": {"out": 4}}
             0,
             "residual",
             "3x8x8",
-            "no strided projection makes 4x6x6 of 3x8x8",
+            "no strided shortcut makes 4x6x6 of 3x8x8",
         ),
         (
             [{"residual": {"layers": ["flatten"], "shortcut": "projection"}}],
@@ -318,6 +356,47 @@ CONV = {"conv": {"out": 4}}
             "3x8x8",
             "needs an image",
         ),
+        (["flatten", {"sumpool": 2}], 1, "sumpool", "3x8x8 -> 192", "needs an image"),
+        (["flatten", {"adaptive_avgpool": 2}], 1, "adaptive_avgpool", "3x8x8 -> 192", "needs an image"),
+        (["flatten", {"conv_transpose": 2}], 1, "conv_transpose", "3x8x8 -> 192", "needs an image"),
+        (["flatten", {"pad": 2}], 1, "pad", "3x8x8 -> 192", "needs an image"),
+        (["flatten", {"upsample": 2}], 1, "upsample", "3x8x8 -> 192", "needs an image"),
+        (["flatten", "instancenorm"], 1, "instancenorm", "3x8x8 -> 192", "needs an image"),
+        (["flatten", "local_response_norm"], 1, "local_response_norm", "3x8x8 -> 192", "needs an image"),
+        (["flatten", "squeeze_excitation"], 1, "squeeze_excitation", "3x8x8 -> 192", "needs an image"),
+        ([{"rbf": "classes"}], 0, "rbf", "3x8x8", "put `flatten` or `globalpool` before it"),
+        ([{"groupnorm": 2}], 0, "groupnorm", "3x8x8", "divisible by num_groups"),
+        ([{"maxpool": 8}, "instancenorm"], 1, "instancenorm", "3x8x8 -> 3x1x1", "more than 1 spatial element"),
+        ([{"pad": {"pixels": 8, "mode": "reflect"}}], 0, "pad", "3x8x8", "less than the corresponding input dimension"),
+        ([{"hardtanh": {"low": 1}}], 0, "hardtanh", "3x8x8", "low: 1 is not below high: 1"),
+        ([{"conv": {"out": 4, "groups": "depthwise"}}], 0, "conv", "3x8x8", "groups: 3 divides not both 3 input and 4"),
+        ([{"conv": {"out": 4, "kernel": [3, 2], "padding": "same"}}], 0, "conv", "3x8x8", r"kernel \[3, 2\]"),
+        ([connected([[0]])], 0, "conv", "3x8x8", "connections: 1 lists for 2 output channels"),
+        ([connected([[0], [1, 3]])], 0, "conv", "3x8x8", r"list 1, \[1, 3\]: expected different .* 0\.\.2"),
+        ([connected([[1, 1], [0]])], 0, "conv", "3x8x8", r"list 0, \[1, 1\]: expected different"),
+        ([connected([[0], [1], [2]], out=3, groups=3)], 0, "conv", "3x8x8", "connections and groups exclude"),
+        ([{"conv_transpose": {"out": 4, "groups": 2}}], 0, "conv_transpose", "3x8x8", "groups: 2 divides not both"),
+        ([{"conv_transpose": {"out": 4, "output_padding": 1}}], 0, "conv_transpose", "3x8x8", "output padding must be"),
+        ([{"concat": [["identity"], [CONV]]}], 0, "concat", "3x8x8", "the branches make 3x8x8, 4x6x6"),
+        ([{"concat": [["identity"], ["flatten"]]}], 0, "concat", "3x8x8", "the branches make 3x8x8, 192"),
+        ([{"concat": [["identity"], [{"linear": 3}]]}], 0, "concat", "3x8x8", r"layer 0 \(linear\).*flatten"),
+        (
+            ["flatten", {"linear": {"out": 3, "init": "dirac"}}],
+            1,
+            "linear",
+            "3x8x8 -> 192",
+            "init dirac: needs a convolution",
+        ),
+        ([{"batchnorm": {"init": "kaiming"}}], 0, "batchnorm", "3x8x8", "init kaiming: Fan in and fan out"),
+        (
+            [shortcut("pad", {"conv": {"out": 2, "padding": "same"}})],
+            0,
+            "residual",
+            "3x8x8",
+            "makes no 2 channels of 3",
+        ),
+        ([shortcut("pad", CONV)], 0, "residual", "3x8x8", "no strided shortcut makes 4x6x6 of 3x8x8"),
+        ([shortcut("auto", "flatten")], 0, "residual", "3x8x8", "needs an image"),
         (
             [CONV, {"repeat": {"times": 9, "layers": [{"maxpool": 2}]}}],
             1,
@@ -349,10 +428,11 @@ def test_a_list_that_ends_with_other_than_the_outputs_says_how_to_end_it(layers,
         cnn(layers)
 
 
-def test_repeat_in_repeat_cannot_ask_for_any_number_of_layers():
+@pytest.mark.parametrize("around", [lambda layers: layers, lambda layers: [{"concat": [layers, layers]}]])
+def test_repeat_in_repeat_cannot_ask_for_any_number_of_layers(around):
     layers: list[Any] = ["relu"]
     for _ in range(9):
-        layers = [{"repeat": {"times": 1000, "layers": layers}}]
+        layers = [{"repeat": {"times": 1000, "layers": around(layers)}}]
     with pytest.raises(ConfigError, match=r"more than 10,000 layers"):
         cnn(layers)
 
