@@ -11,15 +11,17 @@ import errno
 import json
 import os
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
 
 from dltrain import __version__
-from dltrain.errors import CheckpointError, ConfigError, DltrainError, OutputError
+from dltrain.errors import CheckpointError, ConfigError, DeviceError, DltrainError, OutputError, Stopped, names_memory
 
 if TYPE_CHECKING:
     from dltrain.config import Config
@@ -36,7 +38,8 @@ app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; repeatable.")]
 Plugins = Annotated[
-    list[Path], typer.Option("--plugin", metavar="FILE", help="A Python file that a checkpoint's config names; repeatable.")
+    list[Path],
+    typer.Option("--plugin", metavar="FILE", help="A Python file of yours that the run's config names; repeatable."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DataRoot = Annotated[str | None, typer.Option("--data-root", metavar="DIR", help="Where the data sets lie.")]
@@ -72,8 +75,9 @@ def _print_json(value: Any) -> None:
 
 
 def _say(text: str) -> None:
-    """One line on stderr."""
-    print(text, file=sys.stderr)
+    """One line on stderr; where it cannot be written, the exit code still says how a command ended."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _version(wanted: bool) -> None:
@@ -117,7 +121,7 @@ def train(
     if allow_inexact and not resume:
         raise ConfigError("--allow-inexact says how to resume: it needs --resume")
     if plugin and not resume:
-        raise ConfigError("--plugin names code for a checkpoint to resume; a config names its own: plugins: [my_module.py]")
+        raise ConfigError("--plugin is for --resume; a config names its plugins itself: plugins: [my_module.py]")
     if resume and dry_run:
         raise ConfigError("--dry-run keeps nothing and --resume goes on with a run: give one of them")
     if resume:
@@ -206,11 +210,60 @@ def evaluate(
     from dltrain import rundir, tables, trained
 
     notes = _console(to_stderr=as_json)
-    model = trained.load(checkpoint, device, _say, plugin)
+    model = trained.load(checkpoint, device, tables.warn, plugin)
     scores, found = trained.judge(model, split, data_root, _say)
     if out:
         rundir.write_atomically(out, trained.predictions_csv(model, found).encode())
     _show(scores, as_json, tables.evaluation, notes)
+
+
+@app.command(name="predict")
+def predict_images(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder or a checkpoint file.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(metavar="K", min=1, help="Show so many of the likeliest classes.")] = 3,
+    fit: Annotated[
+        str | None, typer.Option(metavar="FIT", help="Other shapes: crop, pad or stretch; default: as in training.")
+    ] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="Take dark for light, as in a scan of digits.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the images as the model sees them to this file.")
+    ] = None,
+    saliency: Annotated[bool, typer.Option("--saliency", help="Draw what each prediction depends on, too.")] = False,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    plugin: Plugins = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Say what a trained model takes images for: files of any size and mode, or folders of them."""
+    from dltrain.data.pictures import Fit
+
+    if fit not in (None, *get_args(Fit)):
+        raise ConfigError(f"--fit {fit}: expected {', '.join(get_args(Fit))}")
+    if saliency and not out:
+        raise ConfigError("--saliency is part of a picture: give its name by --out PICTURE.png")
+    if out and out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: expected a name that ends in .png; the predictions as data: --json")
+    if out and not out.parent.is_dir():
+        raise OutputError(f"{out}: there is no folder {out.parent}")
+    if not checkpoint.exists():
+        raise CheckpointError(f"{checkpoint}: no such file or folder; expected a run's folder or a checkpoint")
+
+    from dltrain import figures, predict, rundir, tables, trained
+
+    notes = _console(to_stderr=as_json)
+    files = predict.find(images)
+    model = trained.load(checkpoint, device, _say, plugin)
+    found = predict.predict(model, files, fit=cast(Fit | None, fit), invert=invert, report=_say)
+    plain = {**predict.plain(model, found, top), "picture": str(out) if out else None}
+    if out:
+        captions = predict.captions(plain["images"][: len(found.images)])
+        maps = predict.saliency(model, found) if saliency else None
+        rundir.write_atomically(out, figures.predictions_picture(found.images, captions, maps))
+        if len(found.files) > len(captions):
+            _say(f"{out}: shows the first {len(captions)} of {len(found.files):,} images")
+    _show(plain, as_json, tables.predictions, notes)
+    if found.unreadable:
+        raise predict.not_readable(found.unreadable)
 
 
 @app.command(name="lr-find")
@@ -242,6 +295,38 @@ def find_learning_rate(
     found = find(loaded, lowest, highest, steps, lambda text: tables.say(notes, text))
     rundir.write_atomically(figure, figures.learning_rates(found))
     _show({**found, "figure": str(figure)}, as_json, tables.learning_rate, notes)
+
+
+@app.command(name="verify-resume")
+def verify_resume(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config's name.")],
+    overrides: Overrides = [],  # noqa: B006
+    kills: Annotated[int, typer.Option(metavar="N", min=1, help="How often the second run is killed.")] = 3,
+    images: Annotated[
+        int | None, typer.Option(metavar="N", min=10, help="Train on so many images alone, to be quick.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where both runs are kept; default: they are not.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train once without a stop and once killed and resumed, and compare the ends: exit code 0 means the same bits."""
+    overrides = [*overrides, *([f"train.device={device}"] if device else [])]
+    loaded = _load(config, overrides)
+    from dltrain import shipped, tables
+    from dltrain import verify_resume as proof
+
+    if images:
+        overrides += proof.subset(loaded, images)
+        loaded = _load(config, overrides)
+    notes = _console(to_stderr=as_json)
+    with contextlib.nullcontext(str(out)) if out else tempfile.TemporaryDirectory() as folder:
+        found = proof.verify(
+            str(shipped.find(config)), overrides, loaded, kills, Path(folder), lambda text: tables.say(notes, text)
+        )
+    _show(found, as_json, tables.resume_proof, notes)
+    raise typer.Exit(0 if found["same"] else 1)
 
 
 @app.command(name="check-gpu")
@@ -350,7 +435,17 @@ def data_verify(names: Annotated[list[str], typer.Argument(metavar="NAME…")], 
 
 def main() -> None:
     """Runs the command line; every way out of it passes here."""
+    threading.excepthook = _thread_failed
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  for as long as the process lives
     sys.exit(run(sys.argv[1:]))
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Nothing for the thread that writes TensorBoard's file: a run is told of the same error, and says it once."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def run(arguments: list[str]) -> int:
@@ -361,6 +456,9 @@ def run(arguments: list[str]) -> int:
         code = app(arguments, prog_name="dltrain", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except Stopped as stopped:  # as asked to: no error
+        _say(str(stopped))
+        return stopped.exit_code
     except DltrainError as error:
         for line in str(error).splitlines():
             _say(f"error: {line}")
@@ -371,12 +469,25 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # `| head -1`: whoever read has read enough
         _drop_stdout()
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, BrokenPipeError):
             raise
-        _drop_stdout()
-        _say(f"error: standard output: {error.strerror} (errno {error.errno})")
+        _drop_stdout()  # click makes this of a broken pipe
+        return 0
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EDQUOT):
+            raise
+        if error.filename is None:
+            _drop_stdout()
+        _say(f"error: {error.filename or 'standard output'}: {error.strerror} (errno {error.errno})")
         return OutputError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not names_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or "Python could not allocate any more"
+        mend = "lower descent.micro_batch_size or data.limit, take a smaller model, or another --device"
+        _say(f"error: out of memory: {reason}: {mend}")
+        return DeviceError.exit_code
     except usage_error as error:
         message = " ".join(error.format_message().split()).rstrip(".")
         if message:  # none where the help was the answer

@@ -7,7 +7,6 @@ valid name.  The checks of a component's settings come from its signature (see r
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
 import dltrain.components  # noqa: F401  registers what a config can name
+from dltrain import mistakes, registry, yamlfile
 from dltrain import plugins as plugin_files
-from dltrain import registry, yamlfile
 from dltrain.errors import ConfigError
+from dltrain.mistakes import CUDA, NAME
 from dltrain.registry import (
     Augmentations,
     Component,
@@ -28,17 +28,10 @@ from dltrain.registry import (
     Section,
     Settings,
     check_known,
-    most_like,
-    nearest,
-    suggest,
 )
 from dltrain.yamlfile import Document, Place
 
 MAX_ERRORS = 5
-
-NAME = r"^\w[\w.-]{0,99}$"  # a run's name becomes the name of a folder
-CUDA = r"^cuda:[0-9]{1,3}$"
-PATTERNS = {NAME: "letters, digits, '_', '.' and '-', the first a letter, digit or '_', at most 100", CUDA: "cuda:N"}
 
 
 class _Shared(Settings):
@@ -363,11 +356,12 @@ def check(document: Document, overrides: Sequence[str] = (), find_plugin: Callab
     except RecursionError:  # no file nests so deep, but what comes from elsewhere may
         raise ConfigError(f"{document.source}: nested too deep") from None
     except ValidationError as error:
-        mistakes = _mistakes(error, data)
-        places = sorted(mistakes, key=document.line)
-        lines = [f"{where(place)}: {_key(place)}: {_wrong(mistakes[place])}" for place in places[:MAX_ERRORS]]
-        if len(places) > MAX_ERRORS:
-            lines.append(f"{document.source}: and {len(places) - MAX_ERRORS} more")
+        found = mistakes.find(error, data)
+        places = sorted(found, key=document.line)
+        places, rest = places[:MAX_ERRORS], places[MAX_ERRORS:]
+        lines = [f"{where(place)}: {mistakes.key(place)}: {mistakes.wrong(found[place])}" for place in places]
+        if rest:
+            lines.append(f"{document.source}: and {len(rest)} more")
     else:
         lines = [f"{where(place)}: {text}" for place, text in _disagreements(config)]
     if lines:
@@ -392,16 +386,20 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
     elif train.patience_epochs and train.choose_by == "last":
         text = "nothing is better than the last epoch: set train.choose_by to val_accuracy or val_loss"
         yield ("train", "patience_epochs"), f"train.patience_epochs: {text}"
-    if train.average and (name := next((each.name for each, facts in _optimizers(config) if "averages" in facts), None)):
-        text = f"{name} is evaluated at an average of its own: leave one of the two out"
+    averaging = [each.name for each, facts in _optimizers(config) if "averages" in facts]
+    if train.average and averaging:
+        text = f"{averaging[0]} is evaluated at an average of its own: leave one of the two out"
         yield ("train", "average"), f"train.average: {text}"
     schedules: list[tuple[Place, registry.Component]] = [(("schedule",), config.schedule)]
     for index, group in enumerate(config.optim.groups):
         if group.schedule:
             schedules.append((("optim", "groups", index, "schedule"), group.schedule))
         if group.match is None and group.kind is None and group.ndim is None:
-            where = ("optim", "groups", index)
-            yield where, f"{_key(where)}: expected match, kind or ndim, which say what parameters it takes"
+            group_place: Place = ("optim", "groups", index)
+            yield (
+                group_place,
+                f"{mistakes.key(group_place)}: expected match, kind or ndim, which say what parameters it takes",
+            )
     for where, schedule in schedules:
         try:
             multiplier(schedule, 0.0, config.train.epochs, [])
@@ -409,7 +407,7 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
             text = str(error).removeprefix("schedule.")
             key, colon, _ = text.partition(":")
             named = bool(colon) and key in schedule.args
-            yield (*where, key) if named else where, f"{_key(where)}{'.' if named else ': '}{text}"
+            yield (*where, key) if named else where, f"{mistakes.key(where)}{'.' if named else ': '}{text}"
     yield from _closure_disagreements(config)
 
 
@@ -438,7 +436,7 @@ def _closure_disagreements(config: Config) -> Iterator[tuple[Place, str]]:
 def override(data: dict[str, Any], text: str) -> tuple[Place, str]:
     """Applies `key.key=value` to the data; returns the place of all that it put there, and its name for messages."""
     key, equals, value = text.partition("=")
-    where = f"--set {_printable(text, 80)}"
+    where = f"--set {mistakes.printable(text, 80)}"
     *path, last = key.strip().split(".")
     if not equals or not all([*path, last]):
         raise ConfigError(f"{where}: expected key=value, for example optim.lr=0.05")
@@ -461,7 +459,8 @@ def override(data: dict[str, Any], text: str) -> tuple[Place, str]:
         elif isinstance(child, str) and isinstance(node, list):  # and `- relu` for `- relu: {}`
             child = {child: {}}
         elif not isinstance(child, dict | list):
-            raise ConfigError(f"{where}: {_key(place)} is {_short(child)} and has nothing below it; set it whole")
+            found = f"{mistakes.key(place)} is {mistakes.short(child)}"
+            raise ConfigError(f"{where}: {found} and has nothing below it; set it whole")
         node[step] = child
         node = child
     step = _step(node, last, place, where)
@@ -475,134 +474,5 @@ def _step(node: Any, part: str, place: Sequence[str | int], where: str) -> str |
         return part
     if re.fullmatch("[0-9]{1,6}", part) and int(part) < len(node):
         return int(part)
-    mend = f"expected 0..{len(node) - 1} after it, got {_short(part)}" if node else "set it whole"
-    raise ConfigError(f"{where}: {_key(place)} is {_short(node)}; {mend}")
-
-
-def _mistakes(error: ValidationError, data: Any) -> dict[Place, list[Any]]:
-    """Pydantic's errors for each mistake; several at one place where a value is nothing that a union would take."""
-    found: dict[Place, list[Any]] = {}
-    for each in error.errors(include_url=False):
-        found.setdefault(_place(each, data), []).append(each)
-    for place in _misspelt(found):
-        found.pop(place, None)
-    return found
-
-
-def _place(error: Any, data: Any) -> Place:
-    """Where in the data pydantic's location points, its own names for unions and the like left out."""
-    absent = error["type"] in ("missing", "no_name")
-    place: list[str | int] = []
-    for part in error["loc"][:-1] if absent else error["loc"]:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
-            data = data[part]
-        elif absent and data == part:  # `- conv`, which needs settings
-            data = None
-        else:
-            continue
-        place.append(part)
-    return (*place, error["loc"][-1]) if absent else tuple(place)
-
-
-def _misspelt(found: Mapping[Place, list[Any]]) -> Iterator[Place]:
-    """The places of keys that are not missing: an unknown key beside them is meant to be them."""
-    missing = [place for place, errors in found.items() if errors[0]["type"] == "missing"]
-    unknown = [place for place, errors in found.items() if errors[0]["type"] == "unknown_key"]
-    for place in unknown[:20]:  # a config with more has other worries
-        beside = [str(other[-1]) for other in missing if other[:-1] == place[:-1]]
-        word = str(place[-1])
-        meant = most_like(word, found[place][0]["ctx"]["known"]) or most_like(word, beside, cutoff=0)
-        if meant in beside:
-            yield (*place[:-1], meant)
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "not_settings": "settings (key: value)",
-    "not_a_section": "a name, or settings with `name:`",
-    "not_an_item": "one {kind}: its name, or name: settings",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "finite_number": "a finite number",
-    "too_short": "a list of at least {min_length}",
-}
-_BRANCHES = {"constrained-int": "a whole number of ", "constrained-float": "a number of "}  # pydantic's, of unions
-
-
-def _wrong(errors: list[Any]) -> str:
-    """What is wrong at one place, in words."""
-    kind, given, facts = errors[0]["type"], errors[0]["input"], errors[0].get("ctx", {})
-    known = facts.get("known", [])
-    match kind:
-        case "missing":
-            return "missing"
-        case "no_name":
-            typo = most_like("name", given, cutoff=0.7)
-            return f"missing; is {_printable(typo)} meant to be it?" if typo else f"missing{suggest('', known)}"
-        case "unknown_key":
-            return f"unknown key{suggest(given, known) or '; there are no settings here'}"
-        case "unknown_name" if isinstance(given, str):
-            return f"unknown {facts['kind']} {_short(given)}{suggest(given, known)}"
-        case "unknown_name":
-            return f"expected the name of one {facts['kind']}, got {_short(given)}{suggest('', known)}"
-        case "no_settings":
-            return f"takes no settings, got {_short(given)}"
-        case "several_keys":
-            keys = ", ".join(map(_printable, given[:4]))
-            mend = "its settings stand below its name, indented further, or as name: {key: value}"
-            return f"expected one {facts['kind']}, got the keys {keys}; {mend}"
-    expected, hint = [], suggest("", known)
-    for each in errors:
-        if each["type"] == "literal_error":
-            expected += [word.strip("'") for word in re.split(", | or ", each["ctx"]["expected"])]
-            hint = nearest(given, expected) if isinstance(given, str) else hint
-        else:
-            expected.append(_expected(each))
-        if each["type"] == "string_type" and isinstance(given, int | float):
-            hint = "; as text, put it in quotes"
-    if "a number" in expected and "a whole number" in expected:
-        expected.remove("a whole number")
-    *most, last = dict.fromkeys(expected)
-    return f"expected {', '.join(most)}{' or ' if most else ''}{last}, got {_short(given)}{hint}"
-
-
-def _expected(error: Any) -> str:
-    """What a value of one type would be."""
-    facts = {key: f"{fact:.15g}" if isinstance(fact, float) else fact for key, fact in error.get("ctx", {}).items()}
-    if error["type"] == "string_pattern_mismatch" and facts["pattern"] in PATTERNS:
-        return PATTERNS[facts["pattern"]]
-    if error["type"] not in _EXPECTED:
-        return str(error["msg"].removeprefix("Input should be "))
-    branch = _BRANCHES.get(error["loc"][-1], "") if error["type"].startswith(("greater", "less")) else ""
-    return branch + _EXPECTED[error["type"]].format(**facts)
-
-
-def _key(place: Sequence[str | int]) -> str:
-    return ".".join(_printable(str(part)) for part in place)
-
-
-def _printable(text: str, most: int = 60) -> str:
-    """One line that a terminal shows as it is."""
-    shown = text if text and text.isprintable() else repr(text)
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
-
-
-def _short(value: Any) -> str:
-    """A value for a message, as YAML has it."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "a mapping" if value else "an empty mapping"
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{'-' * (value < 0)}.{abs(value)!s}"
-    return _printable(repr(value))
+    mend = f"expected 0..{len(node) - 1} after it, got {mistakes.short(part)}" if node else "set it whole"
+    raise ConfigError(f"{where}: {mistakes.key(place)} is {mistakes.short(node)}; {mend}")

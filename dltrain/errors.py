@@ -56,6 +56,12 @@ class RunTakenError(DltrainError):
     exit_code = 8
 
 
+def names_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: Python's, or one of torch's, which has a class for CUDA's alone."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+
+
 class Stopped(DltrainError):
     """Training stopped by a signal, after saving."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,48 @@ def mistakes_picture(images: torch.Tensor, captions: Sequence[str]) -> np.ndarra
     return _pixels(figure)
 
 
+def predictions_picture(
+    images: torch.Tensor, captions: Sequence[Sequence[str]], maps: torch.Tensor | None = None
+) -> bytes:
+    """Images uint8 `[N, C, H, W]` in a grid, each above the lines of its caption, as a PNG.
+
+    maps: float32 `[N, H, W]`, shown beside the images, each from 0 (black) to its largest value
+    """
+    from matplotlib.figure import Figure
+
+    beside = 1 if maps is None else 2
+    columns = min(len(images), math.ceil(math.sqrt(2 * len(images) / beside)), 10 // beside)
+    rows = math.ceil(len(images) / columns)
+    shape = min(max(images.shape[2] / images.shape[3], 0.5), 2)  # of a cell; a longer image has room left at its sides
+    side, gap, line = 1.5, 0.15, 0.14  # inches
+    text = 0.06 + line * max(map(len, captions))
+    wide, high = beside * side + gap, side * shape + text + gap
+    figure = Figure(figsize=(columns * wide + gap, rows * high + gap), dpi=120)
+    width, height = figure.get_size_inches()
+    pixels = grey_or_colour(images).permute(0, 2, 3, 1).numpy()
+    for number, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
+        left, top = gap + number % columns * wide, gap + number // columns * high
+        shown = [(image, "gray", 255)] if maps is None else [(image, "gray", 255), (maps[number], "magma", None)]
+        for place, (each, colours, largest) in enumerate(shown):
+            box = (left + place * side, height - top - side * shape, side, side * shape)
+            axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+            axes.imshow(each, cmap=colours, vmin=0, vmax=largest)  # no colour image heeds the map
+            axes.set_axis_off()
+        for place, words in enumerate(caption):
+            figure.text(
+                (left + beside * side / 2) / width,
+                1 - (top + side * shape + 0.06 + place * line) / height,
+                words,
+                ha="center",
+                va="top",
+                fontsize=7,
+                color="0.4" if place == 0 else "black",
+                weight="bold" if place == 1 else "normal",
+                parse_math=False,
+            )
+    return _png(figure)
+
+
 def learning_rates(found: Mapping[str, Any]) -> bytes:
     """The curve of a learning-rate range test (lr_find.find), as a PNG."""
     from matplotlib.figure import Figure
@@ -116,8 +159,14 @@ def learning_rates(found: Mapping[str, Any]) -> bytes:
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss")
     axes.legend()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
     png = io.BytesIO()
-    figure.savefig(png, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font has not: a box stands for them
+        figure.savefig(png, format="png")
     return png.getvalue()
 
 

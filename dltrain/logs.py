@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from dltrain.board import Board
 from dltrain.rundir import RunFolder
 from dltrain.state import Run
-from dltrain.tables import percent, say
+from dltrain.tables import percent, say, warn
 
 
 class Log:
@@ -43,7 +43,7 @@ class Log:
 
     def begin(self, run: Run) -> AbstractContextManager[Any]:
         """Opens TensorBoard's file and, on a terminal, the progress bar, which the result ends."""
-        self.board = Board(self.folder.path, run, self.note)
+        self.board = Board(self.folder.path, run, warn)
         if self.quiet or not self.console.is_terminal:
             return nullcontext()
         narrow = self.console.width < 70

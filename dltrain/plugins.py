@@ -57,7 +57,7 @@ def _run(path: Path, content: bytes, digest: str) -> None:
     module.__file__ = str(path)
     try:
         exec(compile(content, path, "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else (frames or [0])[-1]
+        line = (error.lineno if isinstance(error, SyntaxError) else frames and frames[-1]) or 0
         raise ConfigError(f"plugins: {path}:{line}: {type(error).__name__}: {error}") from error

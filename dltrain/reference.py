@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from dltrain import registry
-from dltrain.config import PATTERNS
 from dltrain.errors import ConfigError
+from dltrain.mistakes import PATTERNS
 from dltrain.registry import KINDS, suggest
 from dltrain.schema import SECTIONS, Schema, schema, section, summary
 

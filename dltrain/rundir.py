@@ -176,12 +176,14 @@ def latest(path: Path, read: Callable[[Path], _T], warn: Callable[[str], None]) 
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """The lines of metrics.jsonl; what is no record, as a last line that was cut off by a kill, is left out."""
     metrics = path / "metrics.jsonl"
     if not metrics.exists():
         return
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record

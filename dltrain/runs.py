@@ -15,16 +15,17 @@ from dltrain import config as configs
 from dltrain.build import Setup, build
 from dltrain.config import Config
 from dltrain.device import environment
-from dltrain.errors import CheckpointError, ConfigError, DeviceError
+from dltrain.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutputError, names_memory
 from dltrain.evaluate import Evaluation, evaluate
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
 from dltrain.state import Run, Tensors
-from dltrain.train import is_over, train
+from dltrain.tables import warn
+from dltrain.train import go_on, is_over, train
 
 # what a position in a run, the images held out of it and the best so far depend on; but for the latter
 FIXED = ("seed:", "data.", "model.", "descent.", "loss.", "optim.lookahead", "train.average", "train.choose_by:")
-FREE = ("data.root:", "data.verify:", "data.augment:")
+FREE = ("data.root:", "data.verify:", "data.augment:", "descent.micro_batch_size:")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
@@ -67,7 +68,7 @@ def resume(
     plugins: files with components that the user trusts
     """
     log = Log(folder, console, quiet)
-    saved: Saved | None = rundir.latest(folder.path, lambda path: (path, *checkpoint.read(path)), log.note)
+    saved: Saved | None = rundir.latest(folder.path, lambda path: (path, *checkpoint.read(path)), warn)
     before = saved[2]["config"] if saved else _written_config(folder.path, plugins)
     config = given(before)
     changes = differences(before, config.plain())
@@ -86,13 +87,23 @@ def resume(
         log.note(f"changed settings: {'; '.join(changes)}")
         folder.append({"kind": "changed", "step": run.global_step, "settings": changes})
     folder.write("config.yaml", config.yaml())
-    if not changes and is_over(run) and (folder.path / "summary.json").exists():
+    if not changes and is_over(run) and (finished := _finished(folder.path)):
         log.note("this run is finished; --set train.epochs=… trains it further")
-        finished: dict[str, Any] = json.loads((folder.path / "summary.json").read_text(encoding="utf-8"))
         return finished
     (folder.path / "summary.json").unlink(missing_ok=True)  # of what the run was; it says that a run is finished
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    """The summary of a run that has one; one that is torn is written again."""
+    if not (path / "summary.json").exists():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return summary
 
 
 def _written_config(path: Path, plugins: Sequence[Path]) -> dict[str, Any]:
@@ -132,8 +143,14 @@ def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
         with log.begin(run):
             train(run, folder, log)
         return _finish(run, folder, log)
-    except RuntimeError as error:
-        raise _out_of_memory(error, setup) from error
+    except DivergedError as error:
+        raise DivergedError(f"{error}; then: {go_on(run, folder)} --set optim.lr=…") from None
+    except OutputError as error:
+        raise OutputError(f"{error}; once it can be written: {go_on(run, folder)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not names_memory(error):
+            raise
+        raise _out_of_memory(run, folder) from error
     finally:
         log.close()
 
@@ -188,10 +205,10 @@ def _summary(run: Run, path: Path, scores: dict[str, Evaluation]) -> dict[str, A
     }
 
 
-def _out_of_memory(error: RuntimeError, setup: Setup) -> Exception:
-    """A DeviceError where the error says that memory ran out, else the error itself."""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-        return error
-    smaller = max(setup.micro_size // 2, 1)
-    mend = f"--set descent.micro_batch_size={smaller} keeps the step of {setup.step_size} images"
+def _out_of_memory(run: Run, folder: RunFolder) -> DeviceError:
+    setup = run.setup
+    mend = "not even one image at a time fits: take a smaller model, or another device"
+    if setup.micro_size > 1:
+        smaller = f"--set descent.micro_batch_size={setup.micro_size // 2}"
+        mend = f"{go_on(run, folder)} {smaller} keeps the step of {setup.step_size} images"
     return DeviceError(f"{setup.placement.device}: out of memory; {mend}")

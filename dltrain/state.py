@@ -67,7 +67,9 @@ class Run:
                 if isinstance(value, torch.Tensor):
                     tensors[f"optim.{name}.{key}"] = value
                 elif isinstance(value, list):
-                    tensors |= {f"optim.{name}.{key}[{i}]": each for i, each in enumerate(value) if torch.is_tensor(each)}
+                    tensors |= {
+                        f"optim.{name}.{key}[{i}]": each for i, each in enumerate(value) if torch.is_tensor(each)
+                    }
                     plain = ["tensor" if torch.is_tensor(each) else each for each in value]
                     scalars.setdefault(name, {})[key] = plain
                 else:
@@ -75,7 +77,8 @@ class Run:
         tensors["sums"] = self.sums
         tensors |= {f"rng.{name}": state for name, state in _rng_states(self.setup.placement.device).items()}
         best, at = self.progress.best, self.global_step
-        if best and best.step != at:  # else they are the model's own
+        own = self.setup.model.state_dict()  # what the best weights are at their step, but where averages are evaluated
+        if best and not all(torch.equal(tensor, own[name]) for name, tensor in best.weights.items()):
             tensors |= {f"best.{name}": tensor for name, tensor in best.weights.items()}
         progress = dataclasses.replace(self.progress, best=None)
         meta = {

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from dltrain.text import shown
 
 
 def say(console: Console, text: str) -> None:
     """Prints text as it is; a terminal gets it wrapped between words, a file or a pipe in one line."""
     console.print(text, soft_wrap=not console.is_terminal, markup=False, highlight=False)
+
+
+def warn(text: str) -> None:
+    """One line on stderr, also where a run is to be quiet; a stderr that cannot be written stops nothing."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def percent(share: float | None) -> str:
@@ -68,6 +79,18 @@ def learning_rate(found: dict[str, Any], console: Console) -> None:
     say(console, f"figure: {found['figure']}")
 
 
+def resume_proof(found: dict[str, Any], console: Console) -> None:
+    """The digests of two runs' parts, and whether they are the same."""
+    table = _table("part", "straight ", "killed and resumed ", "first difference ")
+    for row in found["parts"]:
+        table.add_row(row["part"], row["straight"][:16], row["killed"][:16], row["first_difference"] or "none")
+    console.print(table)
+    at = ", ".join(f"{kill['step']}{' in a save' if kill['moment'] == 'save' else ''}" for kill in found["kills"])
+    say(console, f"{found['steps']:,} steps; killed after step {at}")
+    first = [f"{row['part']} at {row['first_difference']}" for row in found["parts"] if row["first_difference"]]
+    say(console, f"different: first {', '.join(first)}" if first else "the same, to the last bit")
+
+
 def evaluation(scores: dict[str, Any], console: Console) -> None:
     """A model's scores: the whole, each class, and where the classes go where there is room for it."""
     say(console, f"{scores['checkpoint']}, step {scores['step']:,}, weights chosen by {scores['chosen_by']}")
@@ -101,6 +124,20 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
         console.print(table)
     else:
         say(console, "confusion matrix: --json has it; TensorBoard shows it")
+
+
+def predictions(found: dict[str, Any], console: Console) -> None:
+    """What a model makes of each image; a narrow terminal has room for the likeliest class alone."""
+    say(console, f"{found['checkpoint']}, step {found['step']:,}, weights chosen by {found['chosen_by']}")
+    others = console.width >= 72 and len(found["images"][0]["top"]) > 1
+    table = _table("image", "predicted ", "probability", *(["then "] if others else []))
+    for row in found["images"]:
+        likely, *then = [(shown(each["class"]), percent(each["probability"])) for each in row["top"]]
+        rest = [", ".join(f"{name} {share}" for name, share in then)] if others else []
+        table.add_row(*map(Text, (shown(row["file"]), *likely, *rest)))  # Text: a "[…]" in a name is no markup
+    console.print(table)
+    if found["picture"]:
+        say(console, f"picture: {found['picture']}")
 
 
 def dry_run(found: dict[str, Any], console: Console) -> None:

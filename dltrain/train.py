@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -48,9 +49,8 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
             _save(run, folder)
             saved = monotonic()
         if stop:
-            plugins = "".join(f" --plugin {path}" for path in config.plugins)
-            go_on = f"go on with: dltrain train --resume {folder.path}{plugins}"
-            raise Stopped(f"stopped after step {run.global_step}, and saved; {go_on}", stop[0])
+            text = f"stopped after step {run.global_step}, and saved; go on with: {go_on(run, folder)}"
+            raise Stopped(text, stop[0])
 
     with _stop_signals() as stop:
         while not is_over(run):
@@ -145,10 +145,10 @@ def _save(run: Run, folder: RunFolder) -> None:
     for name, tensor in run.setup.model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise _diverged(run, f"{name} is not finite")
-    folder.save(run.global_step, run.encode())
-    if run.progress.best:
-        best = run.progress.best
+    best = run.progress.best
+    if best:  # before the checkpoint: a run that goes on from the last one has nothing left to write
         folder.write("best.safetensors", run.encode_weights(best.weights, best.step))
+    folder.save(run.global_step, run.encode())
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -175,6 +175,12 @@ def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def go_on(run: Run, folder: RunFolder) -> str:
+    """The command that goes on with a run."""
+    plugins = (part for path in run.setup.config.plugins for part in ("--plugin", path))
+    return shlex.join(["dltrain", "train", "--resume", str(folder.path), *plugins])
 
 
 def is_over(run: Run) -> bool:

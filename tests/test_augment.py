@@ -18,6 +18,7 @@ ALL = [
     ("flip", {}),
     ("vertical_flip", {}),
     ("alternating_flip", {}),
+    ("crop", {"pixels": 2}),
     ("translate", {"pixels": 2}),
     ("translate", {"pixels": 2, "pad": "reflect"}),
     ("resized_crop", {}),

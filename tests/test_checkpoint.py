@@ -72,7 +72,7 @@ def train(run: Run, steps: int) -> Run:
         setup.optimizers.zero_grad()
         loss = setup.loss(setup.model(images), labels)
         loss.backward()
-        setup.optimizers.step(loss, lambda: loss)
+        setup.optimizers.step(loss, lambda loss=loss: loss)
         run.sums += torch.stack([loss.detach() * len(labels), torch.tensor(1.0)])
         at.step += 1
         if at.step == batches.steps:
@@ -140,7 +140,8 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_tensors_that_share_memory_are_each_written(tmp_path):
     """Two layers may have one weight; safetensors refuses what it takes for an oversight."""
     weight = torch.randn(3, 3)
-    found, _ = checkpoint.read(write(tmp_path / "x", checkpoint.encode({"a": weight, "b": weight, "c": weight[1:]}, {})))
+    content = checkpoint.encode({"a": weight, "b": weight, "c": weight[1:]}, {})
+    found, _ = checkpoint.read(write(tmp_path / "x", content))
     assert torch.equal(found["a"], weight)
     assert torch.equal(found["b"], weight)
     assert torch.equal(found["c"], weight[1:])

@@ -148,7 +148,8 @@ EACH_MISTAKE = [
     (instead(optim="{name: sgd, rl: 0.1}"), "4: optim.rl: unknown key; did you mean 'lr'?"),
     (
         instead(optim="{name: sgd, learning_rate: 0.1}"),
-        "4: optim.learning_rate: unknown key; there is decay_norms_and_biases, groups, lookahead, lr, momentum, nesterov, sam_rho, weight_decay",
+        "4: optim.learning_rate: unknown key; "
+        "there is decay_norms_and_biases, groups, lookahead, lr, momentum, nesterov, sam_rho, weight_decay",
     ),
     (instead(model="{name: mlp, hiden: [3]}"), "3: model.hiden: unknown key; did you mean 'hidden'?"),
     (

@@ -464,6 +464,7 @@ def test_tensorboard_shows_what_metrics_hold(dltrain: Run, config: Path, monkeyp
     tags = events.Tags()
     assert set(tags["images"]) == {
         "images/train as the model sees them",
+        "filters/1",
         "test/confusion matrix",
         "test/worst mistakes",
     }

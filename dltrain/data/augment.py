@@ -46,7 +46,7 @@ def vertical_flip(images: torch.Tensor, random: Random, *, probability: Fraction
 def alternating_flip(images: torch.Tensor, random: Random) -> torch.Tensor:
     """Mirrors half of the images left and right, and in the next epoch the other half (Jordan 2024, section 3.6).
 
-    So two epochs show each image both ways.  Which half is a function of the seed and the images' places in the training split.
+    So two epochs show each image both ways.  Which half depends on the seed and each image's place in its split.
     """
     coin = _hash(_hash(random.index) ^ (random.seed & 0xFFFFFFFF)) & 1
     return _mirror(images, coin == random.epoch % 2, dim=3)

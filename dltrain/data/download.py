@@ -6,24 +6,25 @@ then renamed.  A lock beside the destination lets several processes that want th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
+import io
 import os
+import socket
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
 import dltrain
+from dltrain.data.lock import alone
 from dltrain.errors import DataError, OutputError
 
 TIMEOUT = 30.0  # seconds without an answer
@@ -103,23 +104,10 @@ def fetch_members(
             (root / archive.name).unlink()
 
 
-@contextlib.contextmanager
-def _alone(destination: Path, report: Report) -> Iterator[None]:
+def _alone(destination: Path, report: Report) -> AbstractContextManager[None]:
     """Makes the folder and holds the lock beside `destination`."""
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(destination.parent / f".{destination.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            report(f"waiting for another process that is fetching {destination.name}")
-            lock.acquire()
-    except OSError as error:
-        raise OutputError(f"{destination.parent}: cannot store a download there: {error.strerror or error}") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    lock = destination.parent / f".{destination.name}.lock"
+    return alone(lock, f"fetching {destination.name}", "cannot store a download there", report)
 
 
 def _fetch(urls: Sequence[str], destination: Path, file: File, gunzip: bool, timeout: float, report: Report) -> None:
@@ -161,6 +149,49 @@ def _store(chunks: Iterable[bytes], destination: Path, file: File) -> None:
         raise OutputError(f"{destination}: cannot be written: {error.strerror or error}") from None
 
 
+class _Steady(io.RawIOBase):
+    """What a server sends, headers and all; raises _Failed where that is little, though some of it comes in time."""
+
+    def __init__(self, raw: io.RawIOBase, timeout: float) -> None:
+        self.raw = raw
+        self.timeout = timeout
+        self.received = 0
+        self.began = time.monotonic()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int | None:  # type: ignore[override]
+        count: int | None = self.raw.readinto(buffer)
+        self.received += count or 0
+        seconds = time.monotonic() - self.began
+        if seconds >= self.timeout:
+            if self.received < SLOWEST * seconds:
+                raise _Failed(f"less than {SLOWEST} bytes per second")
+            self.received, self.began = 0, time.monotonic()
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **settings: Any) -> None:
+        super().__init__(sock, *args, **settings)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Steady(sock.makefile("rb", buffering=0), sock.gettimeout() or TIMEOUT))
+
+
+class _Connection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
 class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
@@ -176,7 +207,7 @@ def _body(url: str, limit: int, timeout: float, report: Report) -> Generator[byt
     opener = urllib.request.OpenerDirector()  # no handler for http, ftp, file or data
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPSHandler(),
+        _Https(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
@@ -189,19 +220,14 @@ def _body(url: str, limit: int, timeout: float, report: Report) -> Generator[byt
             announced: int | None = response.length
             if announced is not None and announced > limit:
                 raise _Failed(f"{announced} bytes announced, expected at most {limit}")
-            received = window = 0
-            window_began = reported = time.monotonic()
+            received = 0
+            reported = time.monotonic()
             while chunk := response.read1(CHUNK):  # returns what has come, so that a trickle is seen
                 received += len(chunk)
-                window += len(chunk)
                 if received > limit:
                     raise _Failed(f"more than {limit} bytes")
                 yield chunk
                 now = time.monotonic()
-                if now - window_began >= timeout:
-                    if window < SLOWEST * (now - window_began):
-                        raise _Failed(f"less than {SLOWEST} bytes per second")
-                    window, window_began = 0, now
                 if now - reported >= REPORT_EVERY:
                     reported = now
                     total = f" of {announced / 1e6:.1f}" if announced else ""

@@ -282,6 +282,8 @@ def _missing(root: Path, layout: Layout) -> Sequence[File]:
 def _reading(path: Path) -> Iterator[IO[bytes]]:
     """The open file; what goes wrong with it while it is open becomes a DataError."""
     try:
+        if path.exists() and not path.is_file():  # a named pipe would be waited for
+            raise DataError(f"{path}: not a file")
         with path.open("rb") as opened:
             yield opened
     except MemoryError:

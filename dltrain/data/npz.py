@@ -14,6 +14,9 @@ from dltrain.lazy import torch
 from dltrain.registry import PositiveInt, register
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from zipfile import ZipInfo
+
     import numpy
 
 SPLIT = ("x_train", "y_train", "x_test", "y_test")
@@ -75,14 +78,27 @@ def _arrays(path: str, opened: Any) -> dict[str, numpy.ndarray[Any, Any]]:
 
     try:
         archive = numpy.load(opened, allow_pickle=False)
+        _check_size(path, archive.zip.infolist())
         # a member that is no array comes as bytes
         return {name: numpy.asarray(archive[name]) for name in archive.files if name in (*SPLIT, *WHOLE)}
+    except DataError:
+        raise
     except MemoryError:
         raise DataError(f"{path}: its arrays do not fit in memory") from None
     except Exception as error:  # a broken zip or header can raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         mend = "; save arrays of numbers, not of objects" if "Object arrays" in reason else ""
         raise DataError(f"{path}: not an npz file of arrays, as numpy.savez writes them: {reason}{mend}") from None
+
+
+def _check_size(path: str, members: Sequence[ZipInfo]) -> None:
+    """Raises DataError where the arrays would fill the memory: a few kilobytes can unpack to anything."""
+    import psutil
+
+    wanted = sum(member.file_size for member in members if member.filename.removesuffix(".npy") in (*SPLIT, *WHOLE))
+    free = psutil.virtual_memory().available
+    if wanted > free:
+        raise DataError(f"{path}: its arrays have {wanted:,} bytes, and {free:,} of memory are free")
 
 
 def _images(

@@ -18,8 +18,7 @@ def torchvision(shape: Shape, outputs: int, *, arch: str, small_images: bool = F
 
     Its last layer has as many outputs as the data needs, and its first convolution as many input channels.
 
-    arch: its name, as `torchvision.models.list_models(module=torchvision.models)` gives them: `resnet18`,
-        `densenet121`, `vit_b_16`, …
+    arch: its name in torchvision.models: `resnet18`, `densenet121`, `vit_b_16`, …
     small_images: a stem of one 3x3 convolution with stride 1 and no pooling, so that a CIFAR image is not shrunk to a
         quarter before the first block (He et al. 2016, section 4.2); resnet, resnext, wide_resnet and densenet only
 
