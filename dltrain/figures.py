@@ -111,34 +111,27 @@ def predictions_picture(
     from matplotlib.figure import Figure
 
     beside = 1 if maps is None else 2
-    columns = min(len(images), math.ceil(math.sqrt(2 * len(images) / beside)), 10 // beside)
+    columns = min(len(images), max(6, math.ceil(math.sqrt(2 * beside * len(images)))) // beside, 10 // beside)
     rows = math.ceil(len(images) / columns)
-    shape = min(max(images.shape[2] / images.shape[3], 0.5), 2)  # of a cell; a longer image has room left at its sides
     side, gap, line = 1.5, 0.15, 0.14  # inches
-    text = 0.06 + line * max(map(len, captions))
-    wide, high = beside * side + gap, side * shape + text + gap
-    figure = Figure(figsize=(columns * wide + gap, rows * high + gap), dpi=120)
-    width, height = figure.get_size_inches()
+    tall = side * min(max(images.shape[2] / images.shape[3], 0.5), 2)  # a longer image has room left at its sides
+    wide, high = beside * side + gap, tall + line * max(map(len, captions)) + 2 * gap
+    width, height = columns * wide + gap, rows * high + gap
+    figure = Figure(figsize=(width, height), dpi=120)
     pixels = grey_or_colour(images).permute(0, 2, 3, 1).numpy()
     for number, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
-        left, top = gap + number % columns * wide, gap + number // columns * high
-        shown = [(image, "gray", 255)] if maps is None else [(image, "gray", 255), (maps[number], "magma", None)]
-        for place, (each, colours, largest) in enumerate(shown):
-            box = (left + place * side, height - top - side * shape, side, side * shape)
-            axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-            axes.imshow(each, cmap=colours, vmin=0, vmax=largest)  # no colour image heeds the map
-            axes.set_axis_off()
+        left, bottom = gap + number % columns * wide, height - gap - number // columns * high - tall
+        cells = [(image, "gray", 255), *([] if maps is None else [(maps[number].numpy(), "magma", None)])]
+        for place, (cell, colours, largest) in enumerate(cells):
+            box = ((left + place * side) / width, bottom / height, side / width, tall / height)
+            axes = figure.add_axes(box, xticks=[], yticks=[])
+            axes.imshow(cell, cmap=colours, vmin=0, vmax=largest)  # no colour image heeds the map
+            axes.spines[:].set_color("0.6")  # a white image on white paper has an edge too
         for place, words in enumerate(caption):
+            middle, top = left + beside * side / 2, bottom - 0.06 - place * line
+            style = ({"color": "0.4"}, {"weight": "bold"}, {})[min(place, 2)]  # the file, the predicted class, others
             figure.text(
-                (left + beside * side / 2) / width,
-                1 - (top + side * shape + 0.06 + place * line) / height,
-                words,
-                ha="center",
-                va="top",
-                fontsize=7,
-                color="0.4" if place == 0 else "black",
-                weight="bold" if place == 1 else "normal",
-                parse_math=False,
+                middle / width, top / height, words, ha="center", va="top", fontsize=7, parse_math=False, **style
             )
     return _png(figure)
 

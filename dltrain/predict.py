@@ -171,7 +171,7 @@ def captions(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [
         [
             shortened(Path(row["file"]).name, CAPTION),
-            *(f"{shortened(each['class'], CAPTION - 8)} {100 * each['probability']:.1f} %" for each in row["top"]),
+            *(f"{shortened(each['class'], CAPTION - 9)}: {100 * each['probability']:.1f} %" for each in row["top"]),
         ]
         for row in rows
     ]

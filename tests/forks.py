@@ -5,8 +5,10 @@ For programs that begin with `prepare()`, and never for pytest's own process: th
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -28,7 +30,8 @@ def run(arguments: list[str], before: Callable[[], object] = lambda: None) -> in
         code = 1
         try:
             before()
-            code = cli.run([*arguments, "--quiet"])
+            with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+                code = cli.run([*arguments, "--quiet"])
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

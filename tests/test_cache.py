@@ -344,6 +344,7 @@ def test_of_two_processes_one_decodes(tmp_path, cache, monkeypatch):
     made = read_pets(tmp_path)
     path = the_cache(cache)
     aside = path.rename(tmp_path / "aside")
+    written = aside.stat().st_mtime_ns
     monkeypatch.setattr(module, "_load", None)
     waiting = threading.Event()
     notes = []
@@ -361,3 +362,4 @@ def test_of_two_processes_one_decodes(tmp_path, cache, monkeypatch):
     other.join(20)
     assert notes == ["waiting for another process that is decoding the same folder"]
     assert same(found[0], made)
+    assert path.stat().st_mtime_ns == written

@@ -809,7 +809,7 @@ def test_the_page_names_everything_that_is_in_a_checkpoint(run, read_checkpoint,
     best = read_checkpoint(write(tmp_path / "best", run.encode_weights(run.setup.model.state_dict(), 6)))
     settings = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "lookahead": {}}
     whole = train(started(config(optim=settings, train={"device": "cpu", "average": "ema"})), 3)
-    whole.progress.best = Best(0.5, 1, 2, {name: each.clone() for name, each in whole.setup.model.state_dict().items()})
+    whole.progress.best = Best(0.5, 1, 2, {name: 2 * each for name, each in whole.setup.model.state_dict().items()})
     step = read_checkpoint(write(tmp_path / "step", whole.encode()))
     fields, tensors = table("Metadata"), table("Tensors")
     assert list(step[1]) == list(fields)

@@ -24,7 +24,7 @@ from dltrain import checkpoint, cli, logs, rundir, state, train
 from dltrain.rundir import RunFolder
 from dltrain.verify_resume import compare
 
-# shuffling, augmentation, dropout, batch norm, AdamW, running averages, clipping, an uneven last batch, saves in mid-epoch
+# shuffling, augmentation, dropout, batch norm, AdamW, averages, clipping, an uneven last batch, saves in mid-epoch
 CONFIG = """
 data: {name: digits, val: 200, limit: 700, augment: [{translate: 1}, {cutout: 2}]}
 model: {name: mlp, hidden: [32], dropout: 0.2, batchnorm: true}

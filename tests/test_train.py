@@ -189,7 +189,7 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(dltrain: Run, con
     newest.write_bytes(newest.read_bytes()[:-1])
     done = dltrain("train", "--resume", "run")
     assert done.code == 0
-    assert f"{newest}" in done.out
+    assert f"{newest}" in done.err
     assert "going on after step 36" in done.out
     assert_same_end(straight, Path("run"))
 
@@ -484,8 +484,8 @@ def test_a_tensorboard_that_cannot_write_stops_nothing(
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     done = dltrain("train", config, "--out", "run")
     assert done.code == 0
-    assert done.out.count("TensorBoard") == 1
-    assert "No space left" in done.out
+    assert done.err.count("TensorBoard") == 1
+    assert "No space left" in done.err
     assert_same_end(straight, Path("run"))
 
 

@@ -20,7 +20,7 @@ class Split:
 
     def subset(self, index: torch.Tensor) -> Split:
         """The images that `index` (int64 `[M]`) names, in its order."""
-        return Split(self.images[index], self.labels[index])
+        return Split(self.images.index_select(0, index), self.labels[index])  # [index] copies byte by byte
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ def expand(where: object, stream: gzip.GzipFile, size: Size | None = None, limit
     expected = None if size is None else size(bytes(content))
     if expected is not None:
         limit = min(limit, expected)
-    while chunk := stream.read(min(CHUNK, limit + 1 - len(content))):
+    while len(content) <= limit and (chunk := stream.read(min(CHUNK, limit + 1 - len(content)))):
         content += chunk
     if len(content) > limit:
         raise DataError(f"{where}: expected at most {limit} bytes uncompressed, found more")
