@@ -129,10 +129,9 @@ def predictions_picture(
             axes.spines[:].set_color("0.6")  # a white image on white paper has an edge too
         for place, words in enumerate(caption):
             middle, top = left + beside * side / 2, bottom - 0.06 - place * line
-            style = ({"color": "0.4"}, {"weight": "bold"}, {})[min(place, 2)]  # the file, the predicted class, others
-            figure.text(
-                middle / width, top / height, words, ha="center", va="top", fontsize=7, parse_math=False, **style
-            )
+            colour, weight = ("0.4", "normal") if place == 0 else ("black", "bold" if place == 1 else "normal")
+            text = figure.text(middle / width, top / height, words, fontsize=7, color=colour, weight=weight)
+            text.set(ha="center", va="top", parse_math=False)
     return _png(figure)
 
 

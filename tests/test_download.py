@@ -187,6 +187,18 @@ def trickle(server):
     return answer
 
 
+def trickled_headers(server):
+    """Each byte comes in time, and the answer never begins."""
+
+    def answer(handler):
+        for byte in b"HTTP/1.1 200 OK\r\nX-Padding: " + b"x" * 10_000:
+            handler.wfile.write(bytes([byte]))
+            if server.released.wait(PATIENCE / 10):
+                break
+
+    return answer
+
+
 def silence(server):
     return lambda handler: server.released.wait()
 
@@ -218,10 +230,11 @@ FAILURES = {
     "silence": (silence, f"no answer for {PATIENCE:g} s"),
     "stall": (lambda server: stall(server, CONTENT[:99]), f"no answer for {PATIENCE:g} s"),
     "trickle": (trickle, "less than 1024 bytes per second"),
+    "trickled headers": (trickled_headers, "less than 1024 bytes per second"),
 }
 
 
-WAITS = ("silence", "stall", "trickle")
+WAITS = ("silence", "stall", "trickle", "trickled headers")
 
 
 @pytest.mark.parametrize("case", FAILURES)

@@ -129,7 +129,8 @@ def test_every_eval_beside_a_run_that_saves_each_step_reads_a_whole_checkpoint(
 def test_eight_runs_start_together_on_one_data_folder(tmp_path: Path) -> None:
     """In one second, without --out: each has a folder of its own, and all have the same weights."""
     write_mnist(tmp_path / "data", 600, 100, gz=True)
-    text = "data: {name: mnist, verify: false, val: 100}\nmodel: perceptron\noptim: sgd\ntrain: {epochs: 2}\n"
+    data = "data: {name: mnist, verify: false, val: 100}\n"
+    text = f"{data}model: perceptron\noptim: {{name: sgd, lr: 0.1}}\ntrain: {{epochs: 2}}\n"
     (tmp_path / "small.yaml").write_text(text)
     began = time.monotonic()
     data = str(tmp_path / "data")
@@ -177,7 +178,8 @@ sys.exit(code)
 def test_a_million_images_take_memory_for_themselves_or_are_refused(
     million: Path, tmp_path: Path, limit: int, code: int
 ) -> None:
-    text = "data: {name: mnist, verify: false}\nmodel: perceptron\noptim: sgd\ndescent: {batch_size: 1000}\n"
+    data = "data: {name: mnist, verify: false}\n"
+    text = f"{data}model: perceptron\noptim: {{name: sgd, lr: 0.1}}\ndescent: {{batch_size: 1000}}\n"
     (tmp_path / "small.yaml").write_text(f"{text}train: {{epochs: 1}}\n")
     began = time.monotonic()
     done = subprocess.run(
