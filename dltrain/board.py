@@ -135,7 +135,10 @@ class Board:
         training = setup.model.training
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's graph writer uses torch.jit.trace, which warns that it is old
-            writer.add_graph(setup.model.eval(), images[:1])
+            try:
+                writer.add_graph(setup.model.eval(), images[:1])
+            except Exception as error:  # of a model that cannot be traced: the rest is shown all the same
+                self.warn(f"TensorBoard gets no graph of this model: {str(error).splitlines()[0]}")
         setup.model.train(training)
 
     def _pictures(self, writer: SummaryWriter, test: Evaluation, step: int) -> None:

@@ -16,7 +16,7 @@ from dltrain.data.files import Files, data_root
 from dltrain.data.prepare import Prepared, prepare
 from dltrain.device import Placement, be_deterministic, place
 from dltrain.errors import ConfigError
-from dltrain.groups import Optimizers, freeze, make
+from dltrain.groups import Optimizers, freeze, make, optimizer_of, sources
 from dltrain.losses import balanced_weights
 from dltrain.models.initial import initialise_from_data, wants_data
 from dltrain.registry import Component
@@ -91,8 +91,10 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
     """Builds all of a run.  Raises ConfigError where its parts do not fit each other."""
     if config.train.deterministic:
         be_deterministic()
-    for source in (config.optim.source, *(group.source for group in config.optim.groups)):
-        source.build([nn.Parameter(torch.zeros(2, 2))])  # what it refuses is said before any data is read
+    for where, source in sources(config):
+        optimizer_of(
+            source, [nn.Parameter(torch.zeros(2, 2))], where
+        )  # what it refuses is said before any data is read
     data = load_data(config, None, note)
     outputs = outputs_of(config, len(data.classes))
     loss = loss_of(config, data.train.labels, len(data.classes))
@@ -101,6 +103,9 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
         loss.build(torch.zeros(2, outputs), shares(targets, len(data.classes)))
     loss.build(torch.zeros(2, outputs), targets)
     step_size, micro_size = config.descent.sizes(len(data.train))
+    mixing = next((each.name for each in config.data.augment if each.kind == "mixing"), None)
+    if mixing and micro_size == 1:
+        raise ConfigError(f"data.augment: {mixing} mixes images of a batch, and here one goes through at a time")
     if step_size > len(data.train):
         text = f"{step_size} images in a batch, {len(data.train)} in the training set"
         raise ConfigError(f"descent.batch_size: {text}; lower it, or set descent.variant to batch")

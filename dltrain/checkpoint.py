@@ -111,6 +111,19 @@ def _metadata(path: Path, header: bytes) -> tuple[dict[str, Any], int]:
     return {**meta, "format": version}, 8 + len(header) + end
 
 
+def load_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], assign: bool = False) -> None:
+    """Puts parameters and buffers into a model, as load_state_dict does.
+
+    Some modules (torchvision's MNASNet) take weights without their version for those of an older one.
+    """
+    state = model.state_dict()
+    metadata = getattr(state, "_metadata", None)
+    state.update(tensors)
+    if metadata is not None:
+        state._metadata = metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, assign=assign)
+
+
 def check_fit(path: Path, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises CheckpointError where the tensors are not the model's, naming at most five differences."""
     wanted, found = (

@@ -288,6 +288,8 @@ def find_learning_rate(
 
     notes = _console(to_stderr=as_json)
     figure = out or Path("runs") / loaded.name / "lr-find.png"
+    if figure.is_dir():
+        raise OutputError(f"{figure}: is a folder; expected the name of a PNG file")
     try:
         figure.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

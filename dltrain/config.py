@@ -7,6 +7,7 @@ valid name.  The checks of a component's settings come from its signature (see r
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -158,7 +159,8 @@ class Group(_Shared):
         """What to check of a group as the config gives it, in an optimizer with the settings `beside`."""
         if not isinstance(given, Mapping):
             return given
-        return {**({} if "name" in given else beside), **given, "as given": dict(given)}
+        known = {repr(key) if key == "as given" else key: value for key, value in given.items()}
+        return {**({} if "name" in given else beside), **known, "as given": dict(given)}
 
 
 class Lookahead(Settings):
@@ -248,7 +250,10 @@ class TensorBoard(Settings):
 
 def multiplier(schedule: Component, epoch: float, epochs: float, losses: Sequence[float]) -> float:
     """Of the learning rate at a position in the run, after epochs with these losses."""
-    found: float = schedule(losses) if schedule.kind == "feedback" else schedule(epoch, epochs)
+    try:
+        found: float = schedule(losses) if schedule.kind == "feedback" else schedule(epoch, epochs)
+    except OverflowError:  # of a factor above 1, many times
+        return math.inf
     return found
 
 
@@ -378,6 +383,9 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
     elif descent.micro_batch_size and descent.variant != "batch" and descent.micro_batch_size > descent.sizes(1)[0]:
         text = f"expected at most the {descent.sizes(1)[0]} of a step, got {descent.micro_batch_size}"
         yield ("descent", "micro_batch_size"), f"descent.micro_batch_size: {text}"
+    if config.data.balance and descent.variant == "batch":
+        text = "draws some images more often than others, and batch descent takes each once: leave one of the two out"
+        yield ("data", "balance"), f"data.balance: {text}"
     needs = "needs images to choose by: set data.val, e.g. to 0.1"
     if train.choose_by not in (None, "last") and not config.data.val:
         yield ("train", "choose_by"), f"train.choose_by: {needs}"
@@ -387,6 +395,9 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
         text = "nothing is better than the last epoch: set train.choose_by to val_accuracy or val_loss"
         yield ("train", "patience_epochs"), f"train.patience_epochs: {text}"
     averaging = [each.name for each, facts in _optimizers(config) if "averages" in facts]
+    if config.optim.lookahead and averaging:
+        text = f"{averaging[0]} keeps an average of its own, which lookahead would not reach: leave one of the two out"
+        yield ("optim", "lookahead"), f"optim.lookahead: {text}"
     if train.average and averaging:
         text = f"{averaging[0]} is evaluated at an average of its own: leave one of the two out"
         yield ("train", "average"), f"train.average: {text}"

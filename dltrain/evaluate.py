@@ -38,11 +38,13 @@ def evaluate(model: nn.Module, split: Split, normalise: Normalise, placement: Pl
     start = perf_counter()
     training = model.training
     model.eval()
-    found = []
+    outputs = torch.empty(0)
     with torch.inference_mode(), placement.autocast():
-        for images in split.images.split(BATCH):
-            found.append(model(normalise(images.to(placement.device))).float())
-        outputs = torch.cat(found)
+        for at, images in enumerate(split.images.split(BATCH)):
+            found = model(normalise(images.to(placement.device))).float()
+            if not at:  # one block: small results kept between large ones leave holes that nothing large fits in again
+                outputs = found.new_empty(len(split), found.shape[1])
+            outputs[at * BATCH : at * BATCH + len(found)] = found
         labels = split.labels.to(placement.device)
         mean_loss = loss(outputs, labels)
         correct = (predicted(outputs) == labels).sum()

@@ -102,7 +102,11 @@ def make(model: nn.Module, config: Config) -> Optimizers:
     """The optimizers of a model's parameters that are not frozen.  Raises ConfigError where groups do not fit it."""
     left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not left:
-        raise ConfigError("model.frozen leaves no parameter to train")
+        raise ConfigError(
+            "model.frozen leaves no parameter to train"
+            if config.model.frozen
+            else "the model has no parameter to train"
+        )
     parts: list[Part] = []
     for index, group in enumerate(config.optim.groups):
         names = [name for name in left if _fits(group, name, model)]
@@ -112,6 +116,21 @@ def make(model: nn.Module, config: Config) -> Optimizers:
         parts += _parts(config, group.source, taken, group.schedule or config.schedule, f"optim.groups.{index}")
     rest = _parts(config, config.optim.source, left, config.schedule, "optim") if left else []
     return Optimizers((*rest, *parts))
+
+
+def sources(config: Config) -> Iterator[tuple[str, Component]]:
+    """Each optimizer of a config, and where it is written."""
+    yield "optim", config.optim.source
+    yield from ((f"optim.groups.{index}", group.source) for index, group in enumerate(config.optim.groups))
+
+
+def optimizer_of(source: Component, parameters: Sequence[nn.Parameter], where: str) -> torch.optim.Optimizer:
+    """Raises ConfigError with the place where an optimizer refuses its settings or parameters."""
+    try:
+        optimizer: torch.optim.Optimizer = source(parameters)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {source.name}: {error}") from error
+    return optimizer
 
 
 def _parts(
@@ -125,10 +144,7 @@ def _parts(
     whole = {name: parameter for name, parameter in parameters.items() if name not in bare}
     for each, taken in ((source, whole), (undecayed, bare)):
         if taken:
-            try:
-                optimizer = each(list(taken.values()))
-            except ValueError as error:
-                raise ConfigError(f"{where}: {each.name}: {error}") from error
+            optimizer = optimizer_of(each, list(taken.values()), where)
             yield Part(tuple(taken), optimizer, each, optimizer.param_groups[0]["lr"], schedule)
 
 

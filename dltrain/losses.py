@@ -310,7 +310,7 @@ def _weights(class_weights: ClassWeights, classes: int, like: torch.Tensor) -> t
     """`[classes]`, of the dtype and on the device of `like`."""
     assert isinstance(class_weights, list), "the program replaces `balanced`"
     if len(class_weights) != classes:
-        raise ValueError(f"loss.class_weights: expected {classes} weights, one per class, got {len(class_weights)}")
+        raise ValueError(f"class_weights: expected {classes} weights, one per class, got {len(class_weights)}")
     return _kept(tuple(class_weights), like.device, like.dtype)
 
 

@@ -11,7 +11,7 @@ from dltrain.build import build
 from dltrain.config import Config
 from dltrain.errors import ConfigError, DivergedError
 from dltrain.runs import describe
-from dltrain.train import gradient
+from dltrain.train import direction
 
 SMOOTHING = 0.95  # share of the mean loss so far in the next one
 DIVERGED = 4.0  # times the lowest mean loss so far: higher rates have nothing to tell
@@ -21,7 +21,8 @@ SHARE = 0.1  # of the rate with the lowest loss: there training is about to dive
 def find(config: Config, lowest: float, highest: float, steps: int, note: Callable[[str], None]) -> dict[str, Any]:
     """Trains one step at each of `steps` learning rates, each the same factor above the last (Smith 2017).
 
-    Other groups' rates keep their ratio to `optim.lr`.  Ends early where the loss goes up steeply.  JSON-able:
+    Other groups' rates keep their ratio to `optim.lr`; lookahead and averages are left out.  Ends early where the loss
+    goes up steeply.  JSON-able:
 
     lr: the rates that were tried; loss: of each step's images before the step; smoothed: its mean over the last
         twenty or so
@@ -47,7 +48,7 @@ def find(config: Config, lowest: float, highest: float, steps: int, note: Callab
         for part in parts:
             for group in part.optimizer.param_groups:
                 group["lr"] = part.lr * rate / parts[0].lr
-        loss = gradient(setup, batches, step // batches.steps, step % batches.steps)
+        loss, _ = direction(setup, batches, step // batches.steps, step % batches.steps)
         setup.optimizers.step(loss, lambda: loss)  # noqa: B023  called at once, if at all
         value = loss.item()  # waits for the device: each loss decides whether to go on
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value

@@ -69,6 +69,8 @@ _EXPECTED = {
     "less_than_equal": "at most {le}",
     "finite_number": "a finite number",
     "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "dict_type": "settings (key: value)",
 }
 _BRANCHES = {"constrained-int": "a whole number of ", "constrained-float": "a number of "}  # pydantic's, of unions
 

@@ -96,12 +96,13 @@ class Scale(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], value: float, bias: bool) -> None:
         super().__init__()
-        size = (shape[0], *[1] * (len(shape) - 1))
-        self.weight = nn.Parameter(torch.full(size, value))
-        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.weight = nn.Parameter(torch.full((shape[0],), value))  # of one dimension, as those of a normalisation
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight if self.bias is None else torch.addcmul(self.bias, x, self.weight)
+        size = (-1, *[1] * (x.ndim - 2))
+        weight = self.weight.view(size)
+        return x * weight if self.bias is None else torch.addcmul(self.bias.view(size), x, weight)
 
 
 class ChannelNorm(nn.LayerNorm):

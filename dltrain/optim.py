@@ -269,7 +269,10 @@ def asgd(
         few runs reach
     weight_decay: L2 penalty; this times the weight is added to the gradient
     """
-    return _own("ASGD", params, lr=lr, lambd=lambd, alpha=alpha, t0=t0, weight_decay=weight_decay)
+    params = list(params)
+    on_device = all(p.is_cuda for p in params)  # its numbers stay there: reading them would wait at each step
+    settings = {"alpha": alpha, "t0": t0, "weight_decay": weight_decay, "capturable": on_device}
+    return _own("ASGD", params, lr=lr, lambd=lambd, **settings)
 
 
 @register("optim", closure=True)

@@ -105,9 +105,9 @@ class Muon(torch.optim.Optimizer):
         self.normalize_weights = normalize_weights
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim < 2:
+                if p.ndim not in (2, 4):
                     text = f"updates matrices and convolutions, not a parameter of shape {list(p.shape)}"
-                    raise ValueError(f"{text}: give those of one dimension another optimizer (optim.groups with ndim)")
+                    raise ValueError(f"{text}: give it another optimizer (optim.groups with ndim: {p.ndim})")
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]

@@ -103,7 +103,8 @@ def check_known(data: Mapping[str, Any], known: list[str], handler: Callable[[An
     unknown = [key for key in data if key not in known]
     if not unknown:
         return handler(data)
-    lines = [mistake("unknown_key", (key,), key, known=known) for key in unknown]
+    names = [name for name in known if name.isidentifier()]  # others are the program's own, which no config has
+    lines = [mistake("unknown_key", (key,), key, known=names) for key in unknown]
     try:
         handler({key: value for key, value in data.items() if key in known})
     except ValidationError as error:

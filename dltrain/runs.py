@@ -81,6 +81,10 @@ def resume(
         log.note("no checkpoint is whole yet: training starts at the first step")
     else:
         run.restore(*saved)
+        begun = run.progress.epoch + (run.progress.step > 0)
+        if config.train.epochs < begun:
+            text = f"expected at least {begun}, which this run has begun, got {config.train.epochs}"
+            raise ConfigError(f"{folder.path}: train.epochs: {text}")
         _refuse_other_bits(saved, run, allow_inexact)
     folder.forget_after(run.global_step)
     if changes:
@@ -91,6 +95,8 @@ def resume(
         log.note("this run is finished; --set train.epochs=… trains it further")
         return finished
     (folder.path / "summary.json").unlink(missing_ok=True)  # of what the run was; it says that a run is finished
+    if config.chosen_by == "last":
+        (folder.path / "best.safetensors").unlink(missing_ok=True)  # the last weights are others by now
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
 
@@ -160,7 +166,7 @@ def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     setup = run.setup
     best = run.progress.best
     if best:
-        setup.model.load_state_dict(best.weights)
+        checkpoint.load_weights(setup.model, best.weights)
     scores = {
         name: evaluate(setup.model, split, setup.normalise, setup.placement, setup.loss)
         for name, split in setup.data.splits.items()

@@ -149,7 +149,7 @@ class Run:
             if written.get(name) != own_class:
                 text = f"the state of {written.get(name, 'no optimizer')} for {name}, the config says {own_class}"
                 raise CheckpointError(f"{path}: holds {text}")
-        model.load_state_dict(groups["model"])
+        checkpoint.load_weights(model, groups["model"])
         for group, kept in (("average", self.average), ("slow", self.slow)):
             for name, tensor in (kept or {}).items():
                 tensor.copy_(groups[group][name])

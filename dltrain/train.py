@@ -33,18 +33,27 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     setup, config, at, settings = run.setup, run.setup.config, run.progress, run.setup.config.train
     model, optimizers, placement = setup.model, setup.optimizers, setup.placement
     epoch_loss, epoch_correct = run.sums.unbind()  # views
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     followers = Followers(run)
     batches = setup.batches()
+    healthy = torch.ones((), dtype=torch.bool, device=placement.device)  # whether all so far was finite
     saved = monotonic()
+    if config.chosen_by == "last":
+        at.best = None  # of an earlier end of this run
 
     def again() -> torch.Tensor:
         return gradient(setup, batches, at.epoch, at.step)
+
+    def check_finite(loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Waits for the device."""
+        if not healthy:
+            raise _diverged(run, f"the loss is {loss.item()} and the gradient's norm {norm.item()}")
 
     def save_where(due: object) -> None:
         """Between two steps: saves where it is due, or the clock says so, or a signal asks to stop here."""
         nonlocal saved
         if due or stop or monotonic() - saved > 60 * settings.checkpoint_every_minutes:
+            if not healthy:
+                raise _diverged(run, "a loss or gradient since the last log line is not finite")
             log.flush()
             _save(run, folder)
             saved = monotonic()
@@ -59,25 +68,18 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
             due: object = None
             while at.step < batches.steps:
                 optimizers.set_rates(at.epoch + at.step / batches.steps, settings.epochs, at.losses)
-                loss = gradient(setup, batches, at.epoch, at.step, epoch_correct)
+                loss, norm = direction(setup, batches, at.epoch, at.step, epoch_correct)
                 epoch_loss.add_(loss, alpha=batches.images_in(at.step))
-                if config.optim.sam_rho:
-                    _sharpen(model, parameters, config.optim.sam_rho, again)
-                norm = _gradient_norm(parameters)
-                healthy = torch.isfinite(loss + norm)
-                if placement.device.type == "cpu" and not healthy:  # elsewhere this waits, so it is asked at log lines
-                    raise _diverged(run, f"the loss is {loss.item()} and the gradient's norm {norm.item()}")
-                if settings.clip_norm:  # as torch.nn.utils.clip_grad_norm_
-                    scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1)
-                    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+                healthy &= torch.isfinite(loss + norm)
+                if _asks_each_step(placement.device):
+                    check_finite(loss, norm)
                 optimizers.step(loss, again)
                 at.step += 1
                 followers.follow()
                 epoch_ends = at.step == batches.steps
 
                 if run.global_step % settings.log_every_steps == 0 or epoch_ends:
-                    if not healthy:
-                        raise _diverged(run, f"the loss is {loss.item()} and the gradient's norm {norm.item()}")
+                    check_finite(loss, norm)
                     loss_sum, correct = run.sums.tolist()  # the only place that waits for the device
                     at.epoch_seconds += clock.lap()
                     seen = batches.images_before(at.step)
@@ -109,13 +111,14 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
                         if at.best is None or value > at.best.value:
                             at.best = Best(value, at.epoch, run.global_step, _weights(model))
             at.losses.append(scores["loss"] if scores else trained["loss"])
-            if config.chosen_by == "last" and at.epoch == settings.epochs:
-                with evaluation_weights(run, batches):
-                    at.best = Best(0.0, at.epoch, run.global_step, _weights(model))
             log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
             at.loss_sum, at.correct, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
             run.sums.zero_()
-            save_where(due or is_over(run))
+            save_where(due or (is_over(run) and config.chosen_by != "last"))
+        if config.chosen_by == "last":
+            with evaluation_weights(run, batches):
+                at.best = Best(0.0, at.epoch, run.global_step, _weights(model))
+            save_where(due=True)
 
 
 def gradient(
@@ -138,6 +141,25 @@ def gradient(
         if correct is not None:
             correct += (predicted(outputs.detach()) == labels_of(targets)).sum()
     return loss
+
+
+def direction(
+    setup: Setup, batches: Batches, epoch: int, step: int, correct: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves what a step goes along in the parameters' gradients; the mean loss `[]` and the gradient's norm `[]`.
+
+    That is the gradient, or at sharper weights (optim.sam_rho), and no longer than train.clip_norm; the norm is before.
+    """
+    config = setup.config
+    parameters = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
+    loss = gradient(setup, batches, epoch, step, correct)
+    if config.optim.sam_rho:
+        _sharpen(setup.model, parameters, config.optim.sam_rho, lambda: gradient(setup, batches, epoch, step))
+    norm = _gradient_norm(parameters)
+    if config.train.clip_norm:  # as torch.nn.utils.clip_grad_norm_
+        scale = (config.train.clip_norm / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+    return loss, norm
 
 
 def _save(run: Run, folder: RunFolder) -> None:
@@ -188,6 +210,11 @@ def is_over(run: Run) -> bool:
     settings, at = run.setup.config.train, run.progress
     patience = settings.patience_epochs or math.inf
     return at.epoch >= settings.epochs or (at.best is not None and at.epoch - at.best.epoch >= patience)
+
+
+def _asks_each_step(device: torch.device) -> bool:
+    """Whether a number of the device's can be read without waiting for it; elsewhere log lines and saves ask."""
+    return device.type == "cpu"
 
 
 def _diverged(run: Run, what: str) -> DivergedError:

@@ -99,6 +99,8 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
     normalisation = Normalisation(meta.normalisation.mean, meta.normalisation.std)
     if {len(normalisation.mean), len(normalisation.std)} != {channels}:
         raise CheckpointError(f"{path}: its metadata: normalisation: expected {channels} means and deviations")
+    if any(name.startswith("average.") for name in tensors):
+        warn(f"{path}: these are the weights that were trained; the averaged ones are in a run's best.safetensors")
     classes = tuple(meta.classes)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     try:
@@ -109,7 +111,7 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
     except (ConfigError, RuntimeError, TypeError, ValueError) as error:  # torch's, for sizes that overflow
         raise CheckpointError(f"{path}: its config builds no model: {str(error).splitlines()[0]}") from None
     checkpoint.check_fit(path, model, weights)
-    model.load_state_dict(weights, assign=True)
+    checkpoint.load_weights(model, weights, assign=True)
     placement = place(device, config.train.precision, config.train.memory_format, model)
     placement.take(model)
     model.eval()

@@ -55,7 +55,7 @@ def test_an_absolute_path_needs_no_root(tmp_path):
 def test_folders_within_a_class_belong_to_it(tmp_path):
     pets(tmp_path)
     extra = noise(99)
-    draw(tmp_path / "pets/train/cat/deep/er/0.png", extra)
+    draw(tmp_path / "pets/train/cat/deep/er/0.PNG", extra)
     dataset = read_pets(tmp_path)
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1]
     assert np.array_equal(dataset.train.images[2].numpy(), extra.transpose(2, 0, 1))
@@ -63,7 +63,14 @@ def test_folders_within_a_class_belong_to_it(tmp_path):
 
 def test_hidden_files_are_passed_over_and_others_counted(tmp_path):
     pets(tmp_path)
-    for name in ("train/.cache/x.png", "train/cat/.hidden.png", "train/cat/Thumbs.db", "test/notes.txt", "loose.png"):
+    for name in (
+        "train/.cache/x.png",
+        "train/cat/.hidden.png",
+        "train/cat/Thumbs.db",
+        "test/notes.txt",
+        "top.png",
+        "test/x.png",
+    ):
         draw(tmp_path / "pets" / name, b"no image")
     (tmp_path / "pets/train/dog/nowhere.png").symlink_to(tmp_path / "nothing")
     (tmp_path / "pets/train/dog/round.png").symlink_to(tmp_path / "pets/train/dog/round.png")
@@ -71,7 +78,7 @@ def test_hidden_files_are_passed_over_and_others_counted(tmp_path):
     notes = []
     assert len(read_pets(tmp_path, notes.append).train) == 4
     assert notes[0] == (
-        f"{tmp_path}/pets: 5 files ignored: not images (.png, .jpg, .jpeg, .bmp, .webp, .gif), or in no class's folder"
+        f"{tmp_path}/pets: 7 files ignored: not images (.png, .jpg, .jpeg, .bmp, .webp, .gif), or in no class's folder"
     )
 
 

@@ -22,7 +22,7 @@ def model() -> nn.Sequential:
 
 
 def settings(optim: dict[str, Any], **more: Any) -> config.Config:
-    return config.from_plain({"name": "x", "data": "digits", "model": "perceptron", "optim": optim, **more}, "test")
+    return config.from_plain({"name": "x", "data": "digits", "model": "perceptron", "optim": optim} | more, "test")
 
 
 def made(optim: dict[str, Any], network: nn.Module | None = None, **more: Any) -> Optimizers:
@@ -142,6 +142,13 @@ def test_a_group_that_does_not_fit_is_refused(optim: dict[str, Any], message: st
             {"optim": {**SGD, "groups": [{"ndim": 1, "schedule": {"warmup_epochs": 50}}]}},
             "optim.groups.0.schedule.warmup_epochs: 50 leaves nothing",
         ),
+        (
+            {"optim": {"name": "schedule_free_sgd", "lookahead": {}}},
+            "optim.lookahead: schedule_free_sgd keeps an average of its own",
+        ),
+        ({"data": {"name": "digits", "balance": True}, "descent": {"variant": "batch"}}, "data.balance: draws some"),
+        ({"optim": {**SGD, "groups": [{"ndim": 1, "sam_rho": 1}]}}, "unknown key; there is kind, lr, match"),
+        ({"optim": {**SGD, "groups": [{"ndim": 1, "as given": 1}]}}, "optim.groups.0"),
         ({"optim": "lbfgs"}, "descent.variant: lbfgs compares losses within a step"),
         (
             {"optim": {"name": "lbfgs", "groups": [{"ndim": 1}]}, "descent": {"variant": "batch"}},
@@ -173,7 +180,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
     ):
         freeze(network, ["4.weigh"])
     freeze(network, ["*"])
-    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+    with pytest.raises(ConfigError, match="has no parameter to train"):
         made(SGD, network)
 
 
@@ -271,3 +278,29 @@ def test_the_summary_is_of_a_run_with_groups(dltrain: Run, tmp_path: Path) -> No
     done = dltrain("train", "c.yaml", "--json", *more, "--set", "data.limit=1000", "--set", "train.epochs=6")
     assert done.code == 0, done.err
     assert json.loads(done.out)["test"]["accuracy"] > 0.8
+
+
+def test_layer_scales_count_as_norms(dltrain: Run, tmp_path: Path) -> None:
+    text = CNN.replace("batchnorm, relu", "{scale: {bias: true}}, relu").replace('  frozen: ["[01]_*"]\n', "")
+    (tmp_path / "c.yaml").write_text(text)
+    from dltrain.build import build
+
+    setup = build(config.load(tmp_path / "c.yaml", ["optim.decay_norms_and_biases=false"]), print)
+    decays = {name: part.source.args["weight_decay"] for part in setup.optimizers.parts for name in part.names}
+    assert {name for name, decay in decays.items() if decay} == {"0_conv.weight", "4_linear.weight"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("optim.groups=[{ndim: 1, nesterov: true, momentum: 0}]", "optim.groups.0: sgd: nesterov needs a momentum"),
+        ("model.layers=[flatten, {rbf: classes}]", "the model has no parameter to train"),
+        ("data.augment=[mixup]", "data.augment: mixup mixes images of a batch, and here one goes through at a time"),
+    ],
+)
+def test_parts_that_do_not_fit_are_said_where_they_are(dltrain: Run, tmp_path: Path, more: str, message: str) -> None:
+    text = CNN.replace('  frozen: ["[01]_*"]\n', "").replace("batchnorm, ", "").replace("{conv: 4}", "{conv: 4}, relu")
+    (tmp_path / "c.yaml").write_text(text + "descent: {variant: stochastic}\n")
+    done = dltrain("train", "c.yaml", "--set", more)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert message in done.err

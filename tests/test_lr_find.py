@@ -72,13 +72,19 @@ def test_groups_keep_their_ratio(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def note(setup, batches, epoch, step, correct=None):
         rates.append([part.optimizer.param_groups[0]["lr"] for part in setup.optimizers.parts])
-        return torch.tensor(1.0 / len(rates))
+        return torch.tensor(1.0 / len(rates)), torch.tensor(1.0)
 
-    monkeypatch.setattr(lr_find, "gradient", note)
+    monkeypatch.setattr(lr_find, "direction", note)
     found(path, "optim.groups=[{ndim: 1, lr: 0.5}]", steps=20)
     assert len(rates) == 20
     for main, group in rates:
         assert group == pytest.approx(5 * main)
+
+
+def test_clipping_and_sharpness_are_part_of_what_is_tried(path: Path) -> None:
+    plain, clipped, sharp = (found(path, *more) for more in ([], ["train.clip_norm=1e-3"], ["optim.sam_rho=2.0"]))
+    assert clipped["lowest"] > 3 * plain["lowest"]
+    assert sharp["loss"] != plain["loss"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,7 @@ def test_groups_keep_their_ratio(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--lowest", "0"], 2, "expected 0 < lowest < highest"),
         (["--set", "optim=lbfgs"], 2, "lbfgs finds the length of a step itself"),
         (["--out", "c.yaml/x/lr.png"], 6, "c.yaml/x: Not a directory"),
+        (["--out", "."], 6, ".: is a folder"),
     ],
 )
 def test_what_is_refused(dltrain: Run, path: Path, more: list[str], code: int, message: str) -> None:

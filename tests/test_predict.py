@@ -242,10 +242,14 @@ def likely(**shares: float) -> list[dict[str, Any]]:
 def test_captions_by_hand() -> None:
     rows = [
         {"file": "a/b/seven.png", "top": likely(seven=0.98765, nine=0.01)},
+        {"file": "twenty-four-letters1.png", "top": []},
+        {"file": "twenty-four-letters+1.png", "top": []},
         {"file": "a/" + "x" * 20 + "\n" + "y" * 20 + ".png", "top": likely(a_class_of_a_very_long_name=1.0)},
     ]
     assert predict.captions(rows) == [
         ["seven.png", "seven: 98.8 %", "nine: 1.0 %"],
+        ["twenty-four-letters1.png"],
+        ["twenty-four…etters+1.png"],
         ["x" * 11 + "…" + "y" * 8 + ".png", "a class…ng name: 100.0 %"],
     ]
 

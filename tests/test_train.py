@@ -222,6 +222,55 @@ def test_an_extended_run_that_is_cut_off_does_not_show_its_old_results(
     assert (summary["epochs"], summary["steps"]) == (5, 5 * STEPS)
 
 
+@pytest.mark.parametrize("average", ["null", "ema"])
+def test_the_last_weights_are_those_of_the_end_however_a_run_came_to_it(
+    dltrain: Run, config: Path, monkeypatch: pytest.MonkeyPatch, average: str
+) -> None:
+    """Extended beyond an earlier end, stopped on the way, and ended there: as a run of so many epochs."""
+    last = ("--set", "train.choose_by=last", "--set", f"train.average={average}", "--set", "schedule=constant")
+    assert dltrain("train", config, "--out", "straight", "-q", *last, "--set", "train.epochs=3").code == 0
+    assert dltrain("train", config, "--out", "run", "-q", *last, "--set", "train.epochs=1").code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2 * STEPS + 3, signal.SIGTERM)
+        assert dltrain("train", "--resume", "run", "-q", "--set", "train.epochs=4").code == 143
+    assert not (Path("run") / "best.safetensors").exists()  # the one of the first epoch's end
+    refused = dltrain("train", "--resume", "run", "-q", "--set", "train.epochs=2")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "train.epochs: expected at least 3" in refused.err
+    done = dltrain("train", "--resume", "run", "--json", "-q", "--set", "train.epochs=3")
+    assert json.loads(done.out)["chosen_epoch"] == 3
+    one, other = (checkpoint.read(Path(name) / "best.safetensors") for name in ("straight", "run"))
+    assert one[1]["step"] == other[1]["step"] == 3 * STEPS
+    assert [name for name in one[0] if not torch.equal(one[0][name], other[0][name])] == []
+
+
+def test_on_a_device_that_is_not_asked_each_step_what_was_not_finite_is_never_saved(
+    dltrain: Run, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: a step of lion along a gradient of NaN moves nothing, and all looks well from then on."""
+    monkeypatch.setattr(train, "direction", poisoned(train.direction, at=4))
+    monkeypatch.setattr(train, "_asks_each_step", lambda device: False)
+    more = (
+        "--set",
+        "optim={name: lion, lr: 1.0e-3}",
+        "--set",
+        "train.log_every_steps=9",
+        "--set",
+        "train.clip_norm=null",
+    )
+    done = dltrain("train", config, "--out", "run", "-q", *more, "--set", "train.checkpoint_every_steps=6")
+    assert done.code == 7
+    assert not rundir.steps(Path("run"))
+
+
+def poisoned(direction: Any, at: int) -> Any:
+    def poison(setup: Any, batches: Any, epoch: int, step: int, *rest: Any) -> Any:
+        loss, norm = direction(setup, batches, epoch, step, *rest)
+        return loss, norm * (float("nan") if step == at else 1.0)
+
+    return poison
+
+
 def test_a_finished_run_has_nothing_left_to_train(dltrain: Run, straight: Path) -> None:
     shutil.copytree(straight, "run")
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file() and path.suffix != ".jsonl"}

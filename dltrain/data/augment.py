@@ -70,7 +70,7 @@ def translate(
     if pad == "reflect":
         if pixels >= min(height, width):
             raise ValueError(
-                f"translate: images of {height}x{width} can be reflected by {min(height, width) - 1} pixels at most, "
+                f"images of {height}x{width} can be reflected by {min(height, width) - 1} pixels at most, "
                 f"got {pixels}: lower pixels, or set pad: zero"
             )
         padded = _reflect(_reflect(images, pixels, dim=2), pixels, dim=3)

@@ -34,7 +34,7 @@ def colour_jitter(
     Raises ValueError where all are 0, which would change nothing, and for images of neither one nor three channels.
     """
     if not (brightness or contrast or saturation or hue):
-        raise ValueError("colour_jitter changes nothing: set brightness, contrast, saturation or hue above 0")
+        raise ValueError("changes nothing: set brightness, contrast, saturation or hue above 0")
 
     def factor(spread: float) -> torch.Tensor:
         return random.uniform(len(images), 1, 1, 1, low=max(0.0, 1 - spread), high=1 + spread)

@@ -114,19 +114,19 @@ def _find(root: Path, path: str) -> Path:
 
 def _list(where: Path, report: Report) -> tuple[Classes, Classes | None]:
     """The training and the test images; no test images where the folder has no such split."""
-    folders = entries(where).folders
-    test = next((name for name in TEST_FOLDERS if name in folders), None) if "train" in folders else None
+    top = entries(where)
+    test = next((name for name in TEST_FOLDERS if name in top.folders), None) if "train" in top.folders else None
     if test is None:
         train, ignored = _classes(where, "")
         held_out = None
     else:
         (train, ignored), (held_out, more) = _classes(where, "train"), _classes(where, test)
-        ignored += more
+        ignored += more + top.others + len(top.images)
         if differ := sorted(train.keys() ^ held_out.keys()):
             alone = f"{shown(differ[0])} is in {'train' if differ[0] in train else test} alone"
             others = f", and {len(differ) - 1} more are in one alone" if len(differ) > 1 else ""
             raise DataError(f"{shown(where)}: train and {test} must have the same classes: {alone}{others}")
-        if unused := [shown(name) for name in folders if name not in ("train", test)]:
+        if unused := [shown(name) for name in top.folders if name not in ("train", test)]:
             report(f"{shown(where)}: trains on train, tests on {test}; not used: {', '.join(unused)}")
     if len(train) < 2:
         raise DataError(
@@ -183,7 +183,7 @@ def _shares(counts: list[int], test: float) -> list[int]:
     if not len(counts) <= total <= images - len(counts) or min(counts) < 2:
         found = f"{images:,} images, {len(counts)} classes, the smallest of {min(counts):,} images"
         raise ValueError(f"test: {test} does not leave an image of every class in each split; there are {found}")
-    shares = [min(max(total * count // images, 1), count - 1) for count in counts]
+    shares = [max(total * count // images, 1) for count in counts]
     missing = total - sum(shares)
     step = 1 if missing > 0 else -1
     for _ in range(abs(missing)):  # to the class that is furthest from its share

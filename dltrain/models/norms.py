@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 from dltrain.lazy import nn
 from dltrain.models.activations import Shape
 from dltrain.models.initial import start
@@ -15,7 +17,12 @@ WeightInit = Annotated[Component, Item("init")]
 
 @register("layer")
 def batchnorm(
-    shape: Shape, outputs: int, *, momentum: Positive = 0.1, eps: Positive = 1e-5, init: WeightInit | None = None
+    shape: Shape,
+    outputs: int,
+    *,
+    momentum: Annotated[float, Field(gt=0, le=1)] = 0.1,
+    eps: Positive = 1e-5,
+    init: WeightInit | None = None,
 ) -> nn.Module:
     """Batch normalisation (Ioffe & Szegedy 2015) of channels, or of features after `flatten`.
 
