@@ -137,6 +137,8 @@ class Board:
             warnings.simplefilter("ignore")  # torch's graph writer uses torch.jit.trace, which warns that it is old
             try:
                 writer.add_graph(setup.model.eval(), images[:1])
+            except OSError:
+                raise
             except Exception as error:  # of a model that cannot be traced: the rest is shown all the same
                 self.warn(f"TensorBoard gets no graph of this model: {str(error).splitlines()[0]}")
         setup.model.train(training)

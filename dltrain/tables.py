@@ -111,8 +111,8 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
     classes = _table("class", *(["prec.", "recall", "I", "II"] if narrow else wide))
     for row in scores["per_class"]:
         values = [row[key] for key in ("precision", "recall", "type_1_error", "type_2_error")]
-        shown = ["-" if value is None else f"{100 * value:.1f}" for value in values] if narrow else map(percent, values)
-        classes.add_row(row["class"], *([] if narrow else [f"{row['images']:,}"]), *shown)
+        cells = ["-" if value is None else f"{100 * value:.1f}" for value in values] if narrow else map(percent, values)
+        classes.add_row(Text(shown(row["class"])), *([] if narrow else [f"{row['images']:,}"]), *cells)
     console.print(classes)
     matrix = scores["confusion_matrix"]
     widest = max(len(str(count)) for row in matrix for count in row)
@@ -120,7 +120,7 @@ def evaluation(scores: dict[str, Any], console: Console) -> None:
         table = _table("true \\ predicted", *(str(number) for number in range(len(matrix))))
         for number, (row, counts) in enumerate(zip(scores["per_class"], matrix, strict=True)):
             name = row["class"] if row["class"] == str(number) else f"{number} {row['class']}"
-            table.add_row(name, *(str(count) if count else "·" for count in counts))
+            table.add_row(Text(shown(name)), *(str(count) if count else "·" for count in counts))
         console.print(table)
     else:
         say(console, "confusion matrix: --json has it; TensorBoard shows it")

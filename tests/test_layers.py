@@ -259,7 +259,7 @@ def test_a_scale_starts_at_its_value_and_has_a_number_a_channel():
     x = images(2, 6, 2, 3)
     assert parameters(built) == 12  # LeNet-5's S2
     torch.testing.assert_close(built(x), x * 0.25)
-    built.bias.data += torch.arange(6.0).reshape(6, 1, 1)
+    built.bias.data += torch.arange(6.0)
     built.weight.data[2] = 3
     torch.testing.assert_close(built(x)[:, 2], x[:, 2] * 3 + 2)
     assert parameters(layer({"scale": 1e-6}, (5,))) == 5
