@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -11,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import zlib
 from pathlib import Path
@@ -18,6 +20,8 @@ from pathlib import Path
 import pytest
 import trustme
 from data_files import write_cifar10, write_mnist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dltrain.data import cifar as cifar_module
 from dltrain.data import download as download_module
@@ -523,6 +527,31 @@ def test_a_broken_archive_is_refused(server, tmp_path, archive, message):
     with pytest.raises(DataError, match=message):
         take(server, tmp_path / "root", archive)
     assert set(left_in(tmp_path / "root")) <= {"one", "set.tar.gz"}
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, len(TAR) - 1), st.integers(0, 255)), max_size=6),
+    kept=st.integers(0, len(TAR)),
+    raw=st.booleans(),
+)
+def test_only_data_errors_come_out_of_arbitrary_archives(tmp_path, edits, kept, raw):
+    """An archive that lies under the root, changed before or after its compression; nothing is written elsewhere."""
+    content = bytearray(gzip.compress(TAR, mtime=0) if raw else TAR)
+    for place, byte in edits:
+        content[place % len(content)] = byte
+    archive = bytes(content) if raw else gzip.compress(bytes(content[:kept]), mtime=0)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as outer:
+        root = Path(outer) / "root"
+        root.mkdir()
+        (root / "set.tar.gz").write_bytes(archive)
+        with contextlib.suppress(DataError):
+            fetch_members([], root, file_of(archive, "set.tar.gz"), "set", MEMBERS, report=lambda note: None)
+            assert (root / "set" / "two").read_bytes() == TWO
+        assert set(left_in(Path(outer))) <= {"one", "two", "set.tar.gz"}
+        for name, whole in (("one", ONE), ("two", TWO)):
+            if (root / "set" / name).exists():
+                assert (root / "set" / name).read_bytes() == whole
 
 
 def test_missing_mnist_files_are_downloaded_into_their_place(server, tmp_path, monkeypatch):
