@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two processes of two threads each would spin
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
