@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -38,6 +39,11 @@ class Setup:
     normalise: Normalise
     step_size: int  # images in a step
     micro_size: int  # images that go through the model at once
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained, in the model's order; walking the modules at each step would cost."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
     def steps_per_epoch(self) -> int:

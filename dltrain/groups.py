@@ -27,6 +27,11 @@ class Part:
     schedule: Component
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """In the order of their names."""
+        return [each for group in self.optimizer.param_groups for each in group["params"]]
+
+    @property
     def entry(self) -> Entry:
         return find(self.source.name, self.source.kind)
 
@@ -70,8 +75,7 @@ class Optimizers:
     def state(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """(parameter's name, what its optimizer keeps of it) for each that has been stepped."""
         for part in self.parts:
-            parameters = [each for group in part.optimizer.param_groups for each in group["params"]]
-            for name, parameter in zip(part.names, parameters, strict=True):
+            for name, parameter in zip(part.names, part.parameters, strict=True):
                 if parameter in part.optimizer.state:
                     yield name, part.optimizer.state[parameter]
 
@@ -81,7 +85,7 @@ class Optimizers:
             own = {index: states[name] for index, name in enumerate(part.names) if name in states}
             groups = part.optimizer.state_dict()["param_groups"]
             part.optimizer.load_state_dict({"state": own, "param_groups": groups})
-            parameters = [each for group in part.optimizer.param_groups for each in group["params"]]
+            parameters = part.parameters
             for index, state in own.items():  # torch moves numbers to the parameter's dtype and device: put them back
                 numbers = {key: each for key, each in state.items() if isinstance(each, torch.Tensor) and not each.ndim}
                 part.optimizer.state[parameters[index]].update(numbers)
@@ -93,8 +97,7 @@ class Optimizers:
             if part.entry.facts.get("averages"):
                 averaged: Any = part.optimizer
                 weights = averaged.evaluation_weights()
-                parameters = [each for group in part.optimizer.param_groups for each in group["params"]]
-                found |= {name: weights[each] for name, each in zip(part.names, parameters, strict=True)}
+                found |= {name: weights[each] for name, each in zip(part.names, part.parameters, strict=True)}
         return found
 
 

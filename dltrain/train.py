@@ -150,8 +150,7 @@ def direction(
 
     That is the gradient, or at sharper weights (optim.sam_rho), and no longer than train.clip_norm; the norm is before.
     """
-    config = setup.config
-    parameters = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
+    config, parameters = setup.config, setup.parameters
     loss = gradient(setup, batches, epoch, step, correct)
     if config.optim.sam_rho:
         _sharpen(setup.model, parameters, config.optim.sam_rho, lambda: gradient(setup, batches, epoch, step))
