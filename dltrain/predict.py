@@ -16,7 +16,7 @@ import torch
 from dltrain.data.listing import EXTENSIONS, all_below
 from dltrain.data.pictures import Fit, Unreadable, decode, fitted, in_parallel, read
 from dltrain.errors import CheckpointError, DataError
-from dltrain.evaluate import BATCH, predicted, probabilities
+from dltrain.evaluate import BATCH, over_views, predicted, probabilities
 from dltrain.text import shortened, shown
 from dltrain.trained import Trained
 
@@ -30,7 +30,7 @@ CAPTION = 24  # characters of a line
 class Predictions:
     """What the model makes of the files that could be read.
 
-    outputs: float32 `[N, outputs]` as the model gives them, on the CPU
+    outputs: float32 `[N, outputs]` as the model gives them, averaged over the config's views, on the CPU
     images: uint8 `[M, C, H, W]`, the first of the files as the model sees them before they are normalised
     unreadable: the other files, and why
     """
@@ -82,6 +82,7 @@ def predict(
     if shape[0] not in (1, 3):
         raise CheckpointError(f"{trained.path}: takes images of {shape[0]} channels, and a file gives 1 or 3")
     fit = fit or trained.config.data.source.args.get("fit", "crop")
+    views = trained.config.evaluate.views
 
     def load(path: Path) -> np.ndarray[Any, Any]:
         from PIL import ImageOps
@@ -100,7 +101,8 @@ def predict(
             if good:
                 batch = torch.from_numpy(np.stack([image for _, image in good]))
                 with torch.inference_mode(), trained.placement.autocast():
-                    outputs.append(trained.model(trained.normalise(batch.to(trained.placement.device))).float().cpu())
+                    seen, _ = over_views(trained.model, batch.to(trained.placement.device), trained.normalise, views)
+                outputs.append(seen.cpu())
                 images = torch.cat([images, batch[: PICTURED - len(images)]])
                 readable += [file for file, _ in good]
     if not readable:
@@ -124,6 +126,7 @@ def plain(trained: Trained, found: Predictions, top: int) -> dict[str, Any]:
     """The predictions, JSON-able: for each file the `top` most likely classes, the predicted one first."""
     order = _scores(found.outputs).sort(dim=1, descending=True, stable=True).indices[:, :top]  # as argmax breaks ties
     shares = probabilities(found.outputs).gather(1, order)
+    views = trained.config.evaluate.views
     rows = zip(found.files, order.tolist(), shares.tolist(), strict=True)
     return {
         "checkpoint": str(trained.path),
@@ -133,6 +136,7 @@ def plain(trained: Trained, found: Predictions, top: int) -> dict[str, Any]:
         "shape": list(trained.shape),
         "fit": found.fit,
         "inverted": found.inverted,
+        **({"views": len(views)} if views else {}),
         "images": [
             {
                 "file": str(file),
@@ -157,7 +161,8 @@ def saliency(trained: Trained, found: Predictions) -> torch.Tensor:
     """float32 `[M, H, W]`, for each of `found.images`: how much a pixel moves the output of the predicted class.
 
     The absolute gradient with respect to the model's input, the largest of the channels' (Simonyan, Vedaldi, Zisserman
-    2014, section 3).  In fp32 whatever the precision: the weights are, and bf16 gradients of so many pixels are coarse.
+    2014, section 3), of the image as it is: views only choose the class.  In fp32 whatever the precision: the weights
+    are, and bf16 gradients of so many pixels are coarse.
     """
     inputs = trained.normalise(found.images.to(trained.placement.device)).requires_grad_()
     classes = predicted(found.outputs[: len(found.images)]).to(inputs.device)

@@ -21,7 +21,7 @@ from dltrain.data.batches import Normalise
 from dltrain.data.prepare import Normalisation
 from dltrain.device import Placement, place
 from dltrain.errors import CheckpointError, ConfigError
-from dltrain.evaluate import Evaluation, evaluate, predicted, probabilities
+from dltrain.evaluate import Evaluation, check_views, evaluate, predicted, probabilities
 from dltrain.metrics import classification
 from dltrain.registry import NonNegativeInt, Positive, PositiveInt
 
@@ -39,6 +39,13 @@ class _Data(BaseModel):
     files: dict[str, str]
 
 
+class _Bits(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    device: str
+    arithmetic: str
+
+
 class _Meta(BaseModel):
     """What of a checkpoint's metadata its model needs; docs/checkpoint.md describes all of it."""
 
@@ -50,6 +57,7 @@ class _Meta(BaseModel):
     shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
     normalisation: _Pixels
     data: _Data
+    bits: _Bits
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
     try:
         meta = _Meta.model_validate(found)
         config = configs.from_plain(meta.config, str(path), plugins=plugins)
+        check_views(config.evaluate.views, meta.shape)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise CheckpointError(f"{path}: its metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -112,7 +121,7 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
         raise CheckpointError(f"{path}: its config builds no model: {str(error).splitlines()[0]}") from None
     checkpoint.check_fit(path, model, weights)
     checkpoint.load_weights(model, weights, assign=True)
-    placement = place(device, config.train.precision, config.train.memory_format, model)
+    placement = place(device, config.train.precision, config.train.memory_format, model, recorded=dict(meta.bits))
     placement.take(model)
     model.eval()
     normalise = Normalise(normalisation, placement.device, placement.memory_format)
@@ -135,7 +144,8 @@ def judge(
     if data.files != trained.files:
         note("the data files are not the ones that this model was trained on: their digests differ")
     loss = loss_of(trained.config, data.train.labels, len(data.classes))
-    evaluation = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, loss)
+    views = trained.config.evaluate.views
+    evaluation = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, loss, views)
     scores = classification(probabilities(evaluation.outputs), evaluation.labels, trained.classes)
     return {
         "checkpoint": str(trained.path),
@@ -145,6 +155,7 @@ def judge(
         "split": split,
         "chosen_by": trained.chosen_by,
         **{key: trained.placement.why[key] for key in ("device", "precision")},
+        **({"views": len(views), "plain_accuracy": evaluation.plain_accuracy} if views else {}),
         "loss": evaluation.loss,
         "images_per_second": round(len(evaluation.labels) / evaluation.seconds, 1),
         **scores,

@@ -25,6 +25,7 @@ from dltrain.trained import Trained
 
 PAGE = Path(__file__).parent.parent / "docs" / "predict.md"
 ONE_OUTPUT = ("--set", "loss=bce", "--set", "data.classes=[3, 8]", "--set", "model.output=sigmoid")
+VIEWS = "evaluate.views=[{}, {shift: [1, 0]}, {mirror: true, weight: 0.5}]"
 
 
 def train(folder: Path, *arguments: str) -> Path:
@@ -40,6 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "bf16": train(home / "bf16", "digits_cnn", "--set", "train.precision=bf16", "--set", "data.limit=300"),
         "perceptron": train(home / "perceptron", "digits_mlp", "--set", "model=perceptron"),
+        "views": train(home / "views", "digits_mlp", "--set", "model=perceptron", "--set", VIEWS),
         "one output": train(home / "one", "digits_mlp", *ONE_OUTPUT),
     }
 
@@ -67,7 +69,7 @@ def run(model: Trained, *paths: Path, **changes: Any) -> predict.Predictions:
 # The same as eval
 
 
-@pytest.mark.parametrize("kind", ["bf16", "perceptron"])
+@pytest.mark.parametrize("kind", ["bf16", "perceptron", "views"])
 def test_the_test_images_as_files_get_the_predictions_of_eval(dltrain: Run, runs, digits, kind) -> None:
     assert dltrain("eval", runs[kind], "--out", "rows.csv").code == 0
     rows = list(csv.DictReader(Path("rows.csv").read_text().splitlines()))
@@ -83,6 +85,21 @@ def test_the_test_images_as_files_get_the_predictions_of_eval(dltrain: Run, runs
         assert likely == sorted(likely, reverse=True)
     model = load(runs[kind])
     assert torch.equal(run(model, digits).outputs, trained.judge(model, "test", None, print)[1].outputs)
+
+
+def test_views_are_averaged_and_said(dltrain: Run, runs, digits) -> None:
+    with_views, without = load(runs["views"]), load(runs["perceptron"])
+    found, plain = run(with_views, digits), run(without, digits)
+    assert not torch.allclose(found.outputs, plain.outputs)
+    assert torch.equal(found.images, plain.images)
+    shifted = torch.cat([plain.images[:, :, 1:2], plain.images[:, :, :-1]], 2)
+    seen = [plain.images, shifted, plain.images.flip(3)]
+    with torch.inference_mode():
+        first, second, third = (without.model(without.normalise(images)) for images in seen)
+    torch.testing.assert_close(found.outputs[: len(first)], (2 * first + 2 * second + third) / 5)
+    assert json.loads(dltrain("predict", runs["views"], digits, "--json").out)["views"] == 3
+    assert "by val_loss, 3 views of each image\n" in dltrain("predict", runs["views"], digits).out
+    assert "views" not in json.loads(dltrain("predict", runs["perceptron"], digits, "--json").out)
 
 
 COLOUR = """
@@ -191,8 +208,9 @@ def test_the_likeliest_classes_by_hand(runs, outputs, top, expected) -> None:
 # Saliency
 
 
-def test_the_saliency_of_a_linear_model_is_its_weights(runs, digits) -> None:
-    model = load(runs["perceptron"])
+@pytest.mark.parametrize("kind", ["perceptron", "views"])
+def test_the_saliency_of_a_linear_model_is_its_weights(runs, digits, kind) -> None:
+    model = load(runs[kind])
     found = run(model, digits)
     weights = dict(model.model.named_parameters())
     (matrix,) = [each for each in weights.values() if each.ndim == 2]
