@@ -59,6 +59,7 @@ def batches(
         augment=augment,
         classes=3,
         balance=balance,
+        resident=True,
         device=CPU,
     )
 
@@ -201,14 +202,15 @@ def test_labels_of_shares_and_back() -> None:
 def test_balanced_batches_draw_every_class_equally_often() -> None:
     counts = [900, 90, 10]
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
-    made = batches(Split(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), labels), 100, balance=True)
+    split = Split(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), labels)
+    made = batches(split, 100, balance=True)
     order = made.order(0)
     assert len(order) == made.images == 1000
     drawn_of_class = labels[order].bincount()
     assert (drawn_of_class - 1000 / 3).abs().max() < 4 * (1000 * 2 / 9) ** 0.5  # four standard deviations
     rare = order[labels[order] == 2].bincount(minlength=1000)[990:]
     assert (rare > 10).all()  # each of the ten about 33 times
-    assert torch.equal(batches(Split(made.pixels, labels), 7, balance=True).order(0), order)
+    assert torch.equal(batches(split, 7, balance=True).order(0), order)
     assert not torch.equal(made.order(1), order)
 
 
@@ -253,6 +255,23 @@ def test_normalise_is_its_formula():
     pixels = images.double() / 255
     mean, std = (torch.tensor(values).double()[:, None, None] for values in (MEASURED.mean, MEASURED.std))
     torch.testing.assert_close(found.double(), (pixels - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_one_normalise_serves_images_of_any_size_also_after_inference(memory_format: torch.memory_format) -> None:
+    normalise = Normalise(MEASURED, CPU, memory_format)
+    for height, width in ((4, 6), (1, 1), (6, 4), (4, 6)):
+        images = torch.randint(256, (3, 2, height, width), dtype=torch.uint8)
+        with torch.inference_mode():
+            within = normalise(images)
+        found = normalise(images)
+        assert torch.equal(found, within)
+        assert found.is_contiguous(memory_format=memory_format)
+        mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (MEASURED.mean, MEASURED.std))
+        torch.testing.assert_close(found, (images - mean) / std, rtol=1e-5, atol=1e-5)
+        weight = torch.ones(found.shape, requires_grad=True)
+        (found * weight).sum().backward()
+        assert torch.equal(weight.grad, found)
 
 
 def test_normalised_training_images_have_mean_0_and_standard_deviation_1():

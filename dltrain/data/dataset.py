@@ -10,10 +10,14 @@ from dltrain.lazy import torch
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 `[N, C, H, W]` in 0..255 and labels int64 `[N]` in 0..classes-1, both on the CPU as read."""
+    """Images uint8 `[N, C, H, W]` in 0..255 and labels int64 `[N]` in 0..classes-1, both on the CPU as read.
+
+    mapped: the images are mapped from a file, and read as they are used
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
+    mapped: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -76,8 +76,8 @@ def folder(
     images = torch.from_numpy(cache.images)
     content = digest([cache.columns["name"], cache.columns["sha256"]])
     return Dataset(
-        Split(images[: len(train_labels)], train_labels),
-        Split(images[len(train_labels) :], test_labels),
+        Split(images[: len(train_labels)], train_labels, mapped=True),
+        Split(images[len(train_labels) :], test_labels, mapped=True),
         tuple(shown(name) for name in train),
         {shown(Path(path).name or where.name): f"sha256:{content}"},
     )
