@@ -154,6 +154,43 @@ def learning_rates(found: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
+def bench(found: Mapping[str, Any]) -> bytes:
+    """Accuracy against seconds of each seed (bench.bench), a panel and a colour for each recipe, as a PNG.
+
+    The first seed's point is hollow: start-up is in its seconds.  The line is the mean, the band its 95 % interval.
+    """
+    from matplotlib.figure import Figure
+
+    recipes = found["recipes"]
+    columns = min(len(recipes), 3)
+    rows = math.ceil(len(recipes) / columns)
+    figure = Figure(figsize=(max(4.2 * columns, 5), 3.6 * rows), dpi=120, layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for number, (axes, recipe) in enumerate(zip(panels, recipes, strict=False)):
+        colour, accuracy = f"C{number % 10}", recipe["accuracy"]
+        for row in recipe["runs"]:
+            if not row["diverged"]:
+                filling = "none" if row["cold"] else colour
+                axes.plot(row["seconds"], 100 * row["accuracy"], "o", color=colour, markerfacecolor=filling)
+        title = recipe["recipe"]
+        if accuracy:
+            mean, half_width = 100 * accuracy["mean"], 100 * (accuracy["half_width"] or 0)
+            axes.axhline(mean, color=colour, linewidth=1)
+            axes.axhspan(mean - half_width, mean + half_width, color=colour, alpha=0.15, linewidth=0)
+            title += f": {mean:.2f}" + (f" ± {half_width:.2f} %" if half_width else " %")
+        if found["target"] is not None:
+            axes.axhline(100 * found["target"], color="0.4", linestyle="--", linewidth=1)
+        axes.set_title(title, fontsize=10, parse_math=False)
+        axes.set_xlabel("seconds (hollow: cold)")
+        axes.set_xlim(left=0)
+        axes.ticklabel_format(useOffset=False)
+    for axes in panels[len(recipes) :]:
+        axes.set_axis_off()
+    for axes in panels[::columns]:
+        axes.set_ylabel("test accuracy (%)")
+    return _png(figure)
+
+
 def _png(figure: Any) -> bytes:
     png = io.BytesIO()
     with warnings.catch_warnings():
