@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dltrain.data.batches import Batches
 from dltrain.device import Placement
 from dltrain.optimizers import lookahead
-from dltrain.registry import find
 from dltrain.state import Run
 
 REESTIMATED_IMAGES = 10_000  # that batch norm's statistics are measured on; a mean of so many is exact to 1 %
@@ -62,7 +61,7 @@ def evaluation_weights(run: Run, batches: Batches) -> Iterator[None]:
     for name, tensor in other.items():
         live[name].copy_(tensor)
     try:
-        if average is None or find(average.name, average.kind).facts.get("reestimates"):
+        if average is None or average.entry.facts.get("reestimates"):
             reestimate_batchnorm(run.setup.model, batches, run.setup.placement)
         yield
     finally:

@@ -62,7 +62,7 @@ class Board:
         """
         if val:
             self._scalars({"loss/val": val["loss"], "accuracy/val": val["accuracy"]}, self.run.global_step)
-        if not self.has_examples:
+        if self.shows.pictures and not self.has_examples:
             self.has_examples = True
             self._try(lambda writer: self._examples(writer, example()))
         parameters = dict(self.run.setup.model.named_parameters())
@@ -80,7 +80,8 @@ class Board:
         """The scores of each split with the weights of that step, and pictures of what the test split says of them."""
         final = {tag: scores[split].scores()[score] for tag, (split, score) in FINAL_TAGS.items() if split in scores}
         self._scalars(final, step)
-        self._try(lambda writer: self._pictures(writer, scores["test"], step))
+        if self.shows.pictures:
+            self._try(lambda writer: self._pictures(writer, scores["test"], step))
         if self.shows.filters:
             self._try(self._filters)
         if self.shows.pr_curves:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
 
+from dltrain import compiling
 from dltrain.config import Config
 from dltrain.data.batches import Batches, Normalise, shares
 from dltrain.data.dataset import Dataset
 from dltrain.data.files import Files, data_root
+from dltrain.data.prefetch import free_memory, where_images_live
 from dltrain.data.prepare import Prepared, prepare
-from dltrain.device import Placement, be_deterministic, place
+from dltrain.data.random import generator
+from dltrain.device import Placement, be_deterministic, keep_memory, place
 from dltrain.errors import ConfigError
+from dltrain.evaluate import check_views
 from dltrain.groups import Optimizers, freeze, make, optimizer_of, sources
 from dltrain.losses import balanced_weights
 from dltrain.models.initial import initialise_from_data, wants_data
 from dltrain.registry import Component
+from dltrain.spans import span
 
+TRIAL_IMAGES = 256  # at most, of a step that is timed to choose by: larger ones take as long an image
 INITIAL_IMAGES = 5000  # that weights are initialised from, as in Jordan 2024 (arXiv 2404.00498)
 
 
@@ -37,6 +44,7 @@ class Setup:
     outputs: int  # of the model: the classes, or 1 for a sigmoid
     placement: Placement
     normalise: Normalise
+    resident: bool  # whether the training images live on the device
     step_size: int  # images in a step
     micro_size: int  # images that go through the model at once
 
@@ -44,6 +52,22 @@ class Setup:
     def parameters(self) -> list[nn.Parameter]:
         """Those that are trained, in the model's order; walking the modules at each step would cost."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images float32 `[B, C, H, W]` and their targets -> the mean loss `[]` and the model's outputs `[B, K]`."""
+        if self.placement.compile != "off":
+            with span("forward and loss"):
+                return self._compiled(images, targets)
+        with span("forward"), self.placement.autocast():
+            outputs = self.model(images)
+        with span("loss"):
+            return self.loss(outputs, targets), outputs
+
+    @cached_property
+    def _compiled(self) -> compiling.Forward:
+        whole_step = self.micro_size == self.step_size and not self.config.optim.sam_rho
+        loss = partial(self.loss.entry.factory, **self.loss.args)
+        return compiling.compiled(self.model, loss, self.placement, self.placement.compile, whole_step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -61,6 +85,7 @@ class Setup:
             augment=self.config.data.augment,
             classes=len(self.data.classes),
             balance=self.config.data.balance,
+            resident=self.resident,
             device=self.placement.device,
         )
 
@@ -93,8 +118,12 @@ def build_model(config: Config, shape: tuple[int, ...], classes: int) -> nn.Modu
     return model
 
 
-def build(config: Config, note: Callable[[str], None]) -> Setup:
-    """Builds all of a run.  Raises ConfigError where its parts do not fit each other."""
+def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, Any] | None = None) -> Setup:
+    """Builds all of a run.  Raises ConfigError where its parts do not fit each other.
+
+    recorded: what the bits of the run depended on so far, which `auto` keeps to
+    """
+    keep_memory()
     if config.train.deterministic:
         be_deterministic()
     for where, source in sources(config):
@@ -102,6 +131,7 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
             source, [nn.Parameter(torch.zeros(2, 2))], where
         )  # what it refuses is said before any data is read
     data = load_data(config, None, note)
+    check_views(config.evaluate.views, data.shape)
     outputs = outputs_of(config, len(data.classes))
     loss = loss_of(config, data.train.labels, len(data.classes))
     targets = torch.tensor([0, len(data.classes) - 1])
@@ -116,15 +146,42 @@ def build(config: Config, note: Callable[[str], None]) -> Setup:
         text = f"{step_size} images in a batch, {len(data.train)} in the training set"
         raise ConfigError(f"descent.batch_size: {text}; lower it, or set descent.variant to batch")
     model = build_model(config, data.shape, len(data.classes))
-    placement = place(config.train.device, config.train.precision, config.train.memory_format, model)
-    placement.take(model)
     freeze(model, config.model.frozen)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"{'model.frozen leaves' if config.model.frozen else 'the model has'} no parameter to train")
+    sample = torch.rand(min(micro_size, TRIAL_IMAGES), *data.shape, generator=generator("sample"))
+
+    def seconds(placement: Placement, mode: str = "off") -> float:
+        return compiling.seconds_of_a_step(model, loss, placement, sample, mode)
+
+    asked = config.train
+    placement = place(asked.device, asked.precision, asked.memory_format, model, recorded=recorded, seconds=seconds)
+    if asked.compile != "auto":
+        mode: str = asked.compile
+        why = "asked for"
+    elif recorded:
+        mode, why = recorded["compile"], "as the run began"
+    else:
+        steps = len(data.train) * asked.epochs // len(sample)
+        mode, why = compiling.choose(seconds(placement), steps, lambda: seconds(placement, "default"))
+    placement = dataclasses.replace(placement, compile=mode, why={**placement.why, "compile": f"{mode} ({why})"})
+    placement.take(model)
+    where, why = where_images_live(
+        data.train.images.nbytes,
+        placement.device.type,
+        free_memory(placement.device),
+        data.train.mapped,
+        config.data.resident,
+    )
+    placement = dataclasses.replace(placement, why={**placement.why, "images": f"{where} ({why})"})
     optimizers = make(model, config)
     _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
     normalise = Normalise(data.normalisation, placement.device, placement.memory_format)
     if wants_data(model):
         initialise_from_data(model, normalise(data.train.images[:INITIAL_IMAGES].to(placement.device)))
-    return Setup(config, data, model, optimizers, loss, outputs, placement, normalise, step_size, micro_size)
+    return Setup(
+        config, data, model, optimizers, loss, outputs, placement, normalise, where == "resident", step_size, micro_size
+    )
 
 
 def loss_of(config: Config, labels: torch.Tensor, classes: int) -> Component:

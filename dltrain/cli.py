@@ -6,7 +6,6 @@ torch is imported inside the commands, so that `dltrain --help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -100,7 +99,7 @@ def train(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A YAML file, a shipped config's name, or a run to resume.")
     ],
-    overrides: Overrides = [],  # noqa: B006  typer reads it and changes nothing
+    overrides: Overrides = [],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder; default: runs/<name>/<time>.")
     ] = None,
@@ -112,7 +111,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve everything, show the layers, compute one batch, stop.")
     ] = False,
-    plugin: Plugins = [],  # noqa: B006
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Measure where a step's time goes, write a trace to --out (default: runs/<name>/profile), stop.",
+        ),
+    ] = False,
+    plugin: Plugins = [],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -124,6 +130,8 @@ def train(
         raise ConfigError("--plugin is for --resume; a config names its plugins itself: plugins: [my_module.py]")
     if resume and dry_run:
         raise ConfigError("--dry-run keeps nothing and --resume goes on with a run: give one of them")
+    if profile and (resume or dry_run):
+        raise ConfigError(f"--profile and {'--resume' if resume else '--dry-run'}: give one of them")
     if resume:
         _resume(config, overrides, out, allow_inexact, plugin, quiet, as_json)
         return
@@ -131,6 +139,9 @@ def train(
     notes = _console(to_stderr=as_json)
     if dry_run:
         _dry_run(loaded, notes, as_json)
+        return
+    if profile:
+        _profile(loaded, out or Path("runs") / loaded.name / "profile", notes, quiet, as_json)
         return
 
     from dltrain import rundir
@@ -189,6 +200,13 @@ def _dry_run(config: Config, notes: Console, as_json: bool) -> None:
     _show(found, as_json, tables.dry_run, notes)
 
 
+def _profile(config: Config, folder: Path, notes: Console, quiet: bool, as_json: bool) -> None:
+    from dltrain import profiling, tables
+
+    found = profiling.profile(config, folder, lambda text: None if quiet else tables.say(notes, text))
+    _show(found, as_json, tables.profile, notes)
+
+
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder or a checkpoint file.")],
@@ -196,7 +214,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="CSV", help="Write each image's prediction to this file.")] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     data_root: DataRoot = None,
-    plugin: Plugins = [],  # noqa: B006
+    plugin: Plugins = [],
     as_json: Json = False,
 ) -> None:
     """Evaluate a trained model.  It needs no config, and runs no code from the file."""
@@ -231,7 +249,7 @@ def predict_images(
     ] = None,
     saliency: Annotated[bool, typer.Option("--saliency", help="Draw what each prediction depends on, too.")] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    plugin: Plugins = [],  # noqa: B006
+    plugin: Plugins = [],
     as_json: Json = False,
 ) -> None:
     """Say what a trained model takes images for: files of any size and mode, or folders of them."""
@@ -269,7 +287,7 @@ def predict_images(
 @app.command(name="lr-find")
 def find_learning_rate(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config's name.")],
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     lowest: Annotated[float, typer.Option(metavar="LR", help="The first learning rate.")] = 1e-6,
     highest: Annotated[float, typer.Option(metavar="LR", help="The last one.")] = 10.0,
     steps: Annotated[int, typer.Option(metavar="N", min=10, help="Steps from the first to the last.")] = 200,
@@ -299,10 +317,51 @@ def find_learning_rate(
     _show({**found, "figure": str(figure)}, as_json, tables.learning_rate, notes)
 
 
+@app.command(name="bench")
+def bench_recipes(
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE…", help="YAML files or shipped names; default: those shipped to be fast."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many seeds, from the config's on.")] = 3,
+    target: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Report the time to this test accuracy: 0.94, or 94 for 94 %.")
+    ] = None,
+    overrides: Overrides = [],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the runs are kept; default: they are not.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw accuracy against seconds.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Run recipes over several seeds: accuracy with its interval, seconds cold and warm, share of the arithmetic."""
+    if target is not None and not 0 < target <= 100:
+        raise ConfigError(f"--target {target:g}: expected a share of the test images, such as 0.94, or 94 for 94 %")
+    if picture and picture.suffix.lower() != ".png":
+        raise ConfigError(f"--picture {picture}: expected a name that ends in .png; the numbers as data: --json")
+    if picture and not picture.parent.is_dir():
+        raise OutputError(f"{picture}: there is no folder {picture.parent}")
+    overrides = [*overrides, *([f"train.device={device}"] if device else [])]
+
+    from dltrain import bench, figures, rundir, tables
+
+    notes = _console(to_stderr=as_json)
+    paths = bench.plan(recipes or [], overrides, out, notes)
+    share = target / 100 if target and target > 1 else target
+    found, wrong = bench.bench(paths, overrides, seeds=seeds, target=share, out=out, console=notes)
+    if found["recipes"]:
+        if picture:
+            rundir.write_atomically(picture, figures.bench(found))
+        _show({**found, "picture": str(picture) if picture else None}, as_json, tables.bench, notes)
+    if wrong:
+        raise wrong
+
+
 @app.command(name="verify-resume")
 def verify_resume(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config's name.")],
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
     kills: Annotated[int, typer.Option(metavar="N", min=1, help="How often the second run is killed.")] = 3,
     images: Annotated[
         int | None, typer.Option(metavar="N", min=10, help="Train on so many images alone, to be quick.")
@@ -334,20 +393,36 @@ def verify_resume(
 @app.command(name="check-gpu")
 def check_gpu(
     allow_cpu: Annotated[bool, typer.Option("--allow-cpu", help="Exit with 0 where there is no GPU.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where there is a warning.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what decides whether a device can train.")] = False,
+    stress: Annotated[
+        int | None, typer.Option(metavar="SECONDS", min=1, help="Also load each GPU for so long, and watch it.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show how busy and hot the GPUs are, until Ctrl-C.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also show the cards' UUIDs and paths in your home.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the report for an issue.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say what devices are here, and try each: exit code 0 means that a GPU can train, 5 that none can."""
-    from dltrain import gpu
+    from dltrain.gpu import check, report
+    from dltrain.gpu import watch as watching
+    from dltrain.gpu.worker import Worker
 
-    facts = gpu.collect()
-    for each in facts["devices"]:
-        each.update(gpu.measure(each["device"]))
-    verdict = gpu.verdict(facts)
-    if as_json:
-        _print_json({**facts, "verdict": dataclasses.asdict(verdict)})
+    if quick + watch + (stress is not None) > 1 or markdown + as_json + watch > 1:
+        raise ConfigError("check-gpu: one of --quick, --stress and --watch, and one of --markdown, --json and --watch")
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            report.follow(watching.watch(1.0), _console())
+        return
+    with Worker() as worker, _console(to_stderr=True).status("check-gpu") as status:
+        found = check.check(worker, quick, stress or 0, status.update)
+    if not full:
+        found = report.hide(found)
+    if markdown:
+        print(report.markdown(found))
     else:
-        gpu.render(facts, verdict, _console())
-    raise typer.Exit(gpu.exit_code(verdict, allow_cpu))
+        _show(found, as_json, report.render, _console())
+    raise typer.Exit(check.exit_code(found, allow_cpu, strict))
 
 
 @app.command(name="list")
@@ -367,7 +442,7 @@ def list_components(
 
 
 @config_app.command(name="show")
-def config_show(config: Annotated[str, typer.Argument(metavar="CONFIG")], overrides: Overrides = []) -> None:  # noqa: B006
+def config_show(config: Annotated[str, typer.Argument(metavar="CONFIG")], overrides: Overrides = []) -> None:
     """Print a config with every default filled in."""
     print(_load(config, overrides).yaml(), end="")
 
@@ -375,7 +450,7 @@ def config_show(config: Annotated[str, typer.Argument(metavar="CONFIG")], overri
 @config_app.command(name="check")
 def config_check(
     files: Annotated[list[str], typer.Argument(metavar="CONFIG…")],
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = [],
 ) -> None:
     """Check configs and do nothing else."""
     wrong = []
@@ -441,7 +516,11 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  for as long as the process lives
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)  # all is written by now, and taking torch apart would cost nearly a second
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:

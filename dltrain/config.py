@@ -83,6 +83,8 @@ class Data(_Shared):
     classes: keep only these classes, by number or name, renumbered in this order
     limit: train on a seeded subset of this many images (before `val` is taken from them)
     balance: draw as many images of each class, so that those of rare ones come several times in an epoch
+    resident: keep the training images on the device (true), or bring each batch there in the background (false), to the
+        same results; auto: keep them where they take at most half of its free memory
     augment: what is done to each batch of training images, in order
     """
 
@@ -93,6 +95,7 @@ class Data(_Shared):
     classes: Annotated[list[NonNegativeInt | str], Field(min_length=2)] | None = None
     limit: PositiveInt | None = None
     balance: bool = False
+    resident: Literal["auto"] | bool = "auto"
     augment: Augmentations = Field(default=[])
 
 
@@ -204,8 +207,11 @@ class Train(Settings):
 
     epochs: how often each training image is seen
     device: auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:N or mps
-    precision: fp32, bf16 (bfloat16 autocast), or auto: bf16 where the device computes it faster
+    precision: fp32, bf16 (bfloat16 autocast), or auto: bf16 where the device computes it faster, by
+        what it reports, else by timing a few steps
     memory_format: contiguous, channels_last, or auto: channels_last for convolutions
+    compile: off, default or max-autotune (torch.compile's modes), or auto: off, but in a run of ten minutes and more
+        default where a compiled step is measured to be faster
     deterministic: only algorithms that give the same bits each time (on CUDA some are slower; a CPU always does)
     clip_norm: scale the gradient down to this 2-norm where it is larger
     choose_by: which epoch's weights are kept as the best: by val_accuracy, val_loss, or the last; default: val_accuracy
@@ -221,6 +227,7 @@ class Train(Settings):
     device: Literal["auto", "cpu", "mps", "cuda"] | Annotated[str, Field(pattern=CUDA)] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     deterministic: bool = False
     clip_norm: Positive | None = None
     choose_by: Literal["val_accuracy", "val_loss", "last"] | None = None
@@ -231,9 +238,38 @@ class Train(Settings):
     checkpoint_every_minutes: Positive = 1.0
 
 
-class TensorBoard(Settings):
-    """What TensorBoard shows beside curves, the graph and pictures of images; docs/tensorboard.md says what each costs.
+class View(Settings):
+    """One view of an image: shifted, then mirrored.
 
+    weight: of its outputs in the average; weights are divided by their sum
+    mirror: left and right
+    shift: by so many pixels [down, right]; negative: up, left
+    pad: what comes in at the border: reflect (the image mirrored in its outermost pixels), replicate (those pixels
+        again) or zero (black)
+    """
+
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    mirror: bool = False
+    shift: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(default=[0, 0])
+    pad: Literal["reflect", "replicate", "zero"] = "reflect"
+
+
+class Evaluate(Settings):
+    """How the chosen weights are scored at the end of a run, by `dltrain eval` and by `dltrain predict`.
+
+    views: ways to show each image to the model, whose outputs are averaged; none: the image as it is; each view costs
+        one more pass over the images (docs/evaluation.md)
+    train: score the training split too, at the end of a run; it costs a pass over it
+    """
+
+    views: list[View] = Field(default=[])
+    train: bool = True
+
+
+class TensorBoard(Settings):
+    """What TensorBoard shows beside curves; docs/tensorboard.md says what each costs.
+
+    pictures: training images as the model sees them, its graph, the confusion matrix and the worst mistakes
     weight_histograms: of each parameter, after each epoch
     gradient_histograms: of each parameter's gradient in the last step of an epoch, after each epoch
     filters: the first layer's weights as pictures, after epochs 1, 2, 4, 8, … and at the end
@@ -241,6 +277,7 @@ class TensorBoard(Settings):
     embedding: what enters the last linear layer for up to 1,000 test images, at the end
     """
 
+    pictures: bool = True
     weight_histograms: bool = False
     gradient_histograms: bool = False
     filters: bool = True
@@ -274,6 +311,7 @@ class Config(Settings):
     optim: what a step makes of the gradient
     schedule: how the learning rate changes over the run
     train: how long, on which device, and what is kept
+    evaluate: how the chosen weights are scored
     tensorboard: what TensorBoard shows of the run
     """
 
@@ -287,6 +325,7 @@ class Config(Settings):
     optim: Optim
     schedule: Schedule = _default("schedule", "constant")
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     tensorboard: TensorBoard = TensorBoard()
 
     @property

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dltrain.build import Setup, build
 from dltrain.config import Config
+from dltrain.modules import as_written
 from dltrain.runs import describe, new_run
 
 TOLERANCE = 0.25  # of the expected first loss, or this much where that is more
@@ -72,6 +73,16 @@ def _bytes(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def count_flops(model: nn.Module, image: torch.Tensor) -> FlopCounterMode:
+    """The FLOPs of a forward pass of an image `[1, C, H, W]` in evaluation mode, in all and by module."""
+    counter = FlopCounterMode(display=False)
+    model.eval()
+    with torch.no_grad(), counter:
+        model(image)
+    model.train()
+    return counter
+
+
 def _layers(setup: Setup, image: torch.Tensor) -> tuple[list[dict[str, Any]], int, int]:
     """A row for each layer, FLOPs of a forward pass, and how many numbers the layers give for one image."""
     shapes: dict[str, list[int]] = {}
@@ -81,11 +92,8 @@ def _layers(setup: Setup, image: torch.Tensor) -> tuple[list[dict[str, Any]], in
         return lambda module, inputs, output: shapes.__setitem__(name, list(output.shape[1:]))
 
     hooks = [module.register_forward_hook(note_shape(name)) for name, module in leaves.items()]
-    counter = FlopCounterMode(display=False)
-    setup.model.eval()
-    with torch.no_grad(), counter:
-        setup.model(image)
-    setup.model.train()
+    with as_written(setup.model):  # each layer's own output, whatever the order they are computed in
+        counter = count_flops(setup.model, image)
     for hook in hooks:
         hook.remove()
     counts = counter.get_flop_counts()

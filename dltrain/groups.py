@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 from dltrain.config import Config, Group, multiplier
 from dltrain.errors import ConfigError
-from dltrain.registry import Component, Entry, find, nearest
+from dltrain.registry import Component, nearest
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,15 @@ class Part:
         """In the order of their names."""
         return [each for group in self.optimizer.param_groups for each in group["params"]]
 
-    @property
-    def entry(self) -> Entry:
-        return find(self.source.name, self.source.kind)
+    @cached_property
+    def _bare_step(self) -> Callable[..., Any]:
+        step: Callable[..., Any] = inspect.unwrap(type(self.optimizer).step)
+        return step
+
+    @torch.no_grad()
+    def step(self, *closure: Callable[[], float]) -> None:
+        """A step of the optimizer, without the hooks that torch wraps it in: they take half as long as SGD itself."""
+        self._bare_step(self.optimizer, *closure)
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,6 @@ class Optimizers:
             for group in part.optimizer.param_groups:
                 group["lr"] = rate
 
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.optimizer.zero_grad()
-
     def step(self, loss: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
         """One step.
 
@@ -66,11 +70,11 @@ class Optimizers:
         again: computes loss and gradient anew, at whatever the parameters then are; for optimizers that search
         """
         for part in self.parts:
-            if part.entry.facts.get("closure"):
+            if part.source.entry.facts.get("closure"):
                 known = [loss]
-                part.optimizer.step(lambda known=known: float(known.pop() if known else again()))  # type: ignore[misc]
+                part.step(lambda known=known: float(known.pop() if known else again()))  # type: ignore[misc]
             else:
-                part.optimizer.step()
+                part.step()
 
     def state(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """(parameter's name, what its optimizer keeps of it) for each that has been stepped."""
@@ -94,7 +98,7 @@ class Optimizers:
         """By name, the parameters that are evaluated at other weights than those that are stepped."""
         found: dict[str, torch.Tensor] = {}
         for part in self.parts:
-            if part.entry.facts.get("averages"):
+            if part.source.entry.facts.get("averages"):
                 averaged: Any = part.optimizer
                 weights = averaged.evaluation_weights()
                 found |= {name: weights[each] for name, each in zip(part.names, part.parameters, strict=True)}
@@ -104,12 +108,6 @@ class Optimizers:
 def make(model: nn.Module, config: Config) -> Optimizers:
     """The optimizers of a model's parameters that are not frozen.  Raises ConfigError where groups do not fit it."""
     left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not left:
-        raise ConfigError(
-            "model.frozen leaves no parameter to train"
-            if config.model.frozen
-            else "the model has no parameter to train"
-        )
     parts: list[Part] = []
     for index, group in enumerate(config.optim.groups):
         names = [name for name in left if _fits(group, name, model)]

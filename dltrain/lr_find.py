@@ -11,7 +11,7 @@ from dltrain.build import build
 from dltrain.config import Config
 from dltrain.errors import ConfigError, DivergedError
 from dltrain.runs import describe
-from dltrain.train import direction
+from dltrain.step import direction
 
 SMOOTHING = 0.95  # share of the mean loss so far in the next one
 DIVERGED = 4.0  # times the lowest mean loss so far: higher rates have nothing to tell
@@ -35,7 +35,7 @@ def find(config: Config, lowest: float, highest: float, steps: int, note: Callab
     for line in describe(setup):
         note(line)
     parts = setup.optimizers.parts
-    if any(part.entry.facts.get("closure") for part in parts):
+    if any(part.source.entry.facts.get("closure") for part in parts):
         raise ConfigError(f"{parts[0].source.name} finds the length of a step itself: no learning rate is to be found")
     batches = setup.batches()
     training_mode(setup.model)

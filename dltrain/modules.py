@@ -1,8 +1,64 @@
 """Modules that a layer is built of where torch has none: their classes need torch, so layers import them when built."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Layers(nn.Sequential):
+    """Layers one after another.  A ReLU in front of a max pooling is computed behind it, on fewer numbers.
+
+    The largest of rectified numbers is the largest number, rectified, and its gradient goes the same way: not a bit
+    differs.
+    """
+
+    as_written = False  # whether to compute them in the order of the config
+
+    def __init__(self, *modules: Any) -> None:
+        super().__init__(*modules)
+        self._ordered: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self if self.as_written else self._order():
+            x = module(x)
+        return x
+
+    def _order(self) -> list[nn.Module]:
+        if len(self._ordered) != len(self):  # layers are added one by one
+            self._ordered = order = list(self)
+            for at in range(len(order) - 1):
+                if isinstance(order[at], nn.ReLU) and isinstance(order[at + 1], nn.MaxPool2d):
+                    order[at], order[at + 1] = order[at + 1], order[at]
+        return self._ordered
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Within, every layer is computed where the config has it."""
+    stacks = [module for module in model.modules() if isinstance(module, Layers)]
+    for each in stacks:
+        each.as_written = True
+    try:
+        yield
+    finally:
+        for each in stacks:
+            each.as_written = False
+
+
+class Flatten(nn.Flatten):
+    """[B, C, H, W] -> [B, C*H*W], whose gradient goes back in the layout that x came in.
+
+    torch's own goes back contiguous, and a max pooling in channels_last then copies all of its gradient twice.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and x.ndim == 4 and not x.is_contiguous():
+            x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+        return super().forward(x)
 
 
 class Residual(nn.Module):

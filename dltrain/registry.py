@@ -247,8 +247,12 @@ class Component:
     name: str
     args: Mapping[str, Any]
 
+    @property
+    def entry(self) -> Entry:
+        return find(self.name, self.kind)
+
     def __call__(self, *positional: Any) -> Any:
-        return find(self.name, self.kind).factory(*positional, **self.args)
+        return self.entry.factory(*positional, **self.args)
 
     def build(self, *positional: Any) -> Any:
         """As calling it, but a ValueError becomes a ConfigError that names the component."""
@@ -259,7 +263,7 @@ class Component:
 
     def plain(self) -> dict[str, Any]:
         """The arguments as YAML would have them."""
-        return dict(find(self.name, self.kind).arguments.model_construct(**self.args).model_dump())
+        return dict(self.entry.arguments.model_construct(**self.args).model_dump())
 
 
 def component(entry: Entry, arguments: Mapping[str, Any]) -> Component:

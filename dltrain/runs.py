@@ -25,7 +25,7 @@ from dltrain.train import go_on, is_over, train
 
 # what a position in a run, the images held out of it and the best so far depend on; but for the latter
 FIXED = ("seed:", "data.", "model.", "descent.", "loss.", "optim.lookahead", "train.average", "train.choose_by:")
-FREE = ("data.root:", "data.verify:", "data.augment:", "descent.micro_batch_size:")
+FREE = ("data.root:", "data.verify:", "data.augment:", "data.resident:", "descent.micro_batch_size:")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
@@ -43,9 +43,7 @@ def start(config: Config, folder: RunFolder, console: Console, quiet: bool) -> d
 
 
 def new_run(setup: Setup) -> Run:
-    # the sums of thousands of losses want more digits than float32 has; MPS has no more
-    digits = torch.float32 if setup.placement.device.type == "mps" else torch.float64
-    run = Run(setup, torch.zeros(2, dtype=digits, device=setup.placement.device))
+    run = Run(setup, torch.zeros(2, dtype=torch.float64))  # sums of thousands of losses want more digits than float32's
     if setup.config.train.average:
         run.average = {name: tensor.clone() for name, tensor in setup.model.state_dict().items()}
     if setup.config.optim.lookahead:
@@ -75,7 +73,7 @@ def resume(
     if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
         text = "say what an epoch, a step, the held-out images or the best weights so far are: start a new run for them"
         raise ConfigError(f"{folder.path}: {'; '.join(fixed)}: these settings {text}")
-    setup = build(config, log.note)
+    setup = build(config, log.note, saved[2]["bits"] if saved else None)
     run = new_run(setup)
     if saved is None:
         log.note("no checkpoint is whole yet: training starts at the first step")
@@ -162,14 +160,21 @@ def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
 
 
 def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
-    """Scores the chosen weights on every split: the one use of the test split."""
+    """Scores the chosen weights on every split: the one use of the test split.
+
+    Training images are shown as they are: there are many, only to be compared with, and each view costs a pass.
+    """
     setup = run.setup
+    settings = setup.config.evaluate
     best = run.progress.best
     if best:
         checkpoint.load_weights(setup.model, best.weights)
     scores = {
-        name: evaluate(setup.model, split, setup.normalise, setup.placement, setup.loss)
+        name: evaluate(
+            setup.model, split, setup.normalise, setup.placement, setup.loss, [] if name == "train" else settings.views
+        )
         for name, split in setup.data.splits.items()
+        if name != "train" or settings.train
     }
     summary = _summary(run, folder.path, scores)
     folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
@@ -207,6 +212,7 @@ def _summary(run: Run, path: Path, scores: dict[str, Evaluation]) -> dict[str, A
         "chosen_by": config.chosen_by,
         "chosen_epoch": epoch,
         "data_verified": run.setup.data.verified,
+        **({"views": len(config.evaluate.views)} if config.evaluate.views else {}),
         **{split: scores[split].scores() if split in scores else None for split in ("train", "val", "test")},
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dltrain import registry
-from dltrain.config import Config, Data, Descent, Group, Lookahead, Model, Optim, TensorBoard, Train
+from dltrain.config import Config, Data, Descent, Evaluate, Group, Lookahead, Model, Optim, TensorBoard, Train, View
 from dltrain.models.templates import Templated
 from dltrain.registry import KINDS, Component, Entry
 
@@ -20,9 +20,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "descent": Descent,
     "optim": Optim,
     "train": Train,
+    "evaluate": Evaluate,
     "tensorboard": TensorBoard,
 }
-NESTED: dict[str, type[BaseModel]] = {"Group": Group, "Lookahead": Lookahead}  # settings within those
+NESTED: dict[str, type[BaseModel]] = {"Group": Group, "Lookahead": Lookahead, "View": View}  # settings within those
 
 
 def schema() -> Schema:

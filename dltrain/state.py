@@ -48,10 +48,10 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run: its parts, where it stands, and the sums that live on the device between two log lines."""
+    """A run: its parts, where it stands, and the sums of its epoch so far."""
 
     setup: Setup
-    sums: torch.Tensor  # [2]: loss and correct predictions summed over this epoch's images
+    sums: torch.Tensor  # float64 [2] on the CPU: loss and correct predictions summed over this epoch's images
     average: Tensors | None = None  # running average of the model's state, where train.average asks for one
     slow: Tensors | None = None  # parameters at the last look back, where optim.lookahead asks for it
     progress: Progress = field(default_factory=Progress)
@@ -87,7 +87,6 @@ class Run:
             "best": best and {"value": best.value, "epoch": best.epoch, "step": best.step},
             "optimizers": self._classes(),
             "scalars": scalars,
-            "bits": self.bits(),
         }
         return checkpoint.encode(tensors, meta)
 
@@ -105,6 +104,7 @@ class Run:
             "normalisation": dataclasses.asdict(data.normalisation),
             "data": {"files": data.files, "verified": data.verified},
             "environment": environment(self.setup.placement),
+            "bits": self.bits(),
         }
 
     def bits(self) -> dict[str, Any]:
@@ -191,13 +191,13 @@ def _read_state(
     for key, tensor in own.items():
         if "[" not in key:  # else in one of the lists above
             # what searches keeps vectors of all parameters under the first one
-            state[key] = tensor if part.entry.facts.get("closure") else _laid_out_as(parameter, tensor)
+            state[key] = tensor if part.source.entry.facts.get("closure") else _laid_out_as(parameter, tensor)
     return state
 
 
 def _trial_state(part: Part, model: torch.nn.Module) -> Mapping[str, Any]:
     """What the part's optimizer keeps of a parameter, found by a step of a trial parameter."""
-    if part.entry.facts.get("closure"):
+    if part.source.entry.facts.get("closure"):
         return {}
     parameter = torch.nn.Parameter(torch.zeros_like(model.get_parameter(part.names[0])))
     parameter.grad = torch.zeros_like(parameter)

@@ -69,7 +69,7 @@ def train(run: Run, steps: int) -> Run:
     setup.model.train()
     for _ in range(steps):
         ((images, labels, _),) = batches.step(at.epoch, at.step)
-        setup.optimizers.zero_grad()
+        setup.model.zero_grad()
         loss = setup.loss(setup.model(images), labels)
         loss.backward()
         setup.optimizers.step(loss, lambda loss=loss: loss)
@@ -132,7 +132,7 @@ def test_what_is_written_is_read_back(tmp_path):
     for name, tensor in TENSORS.items():
         assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(*(each.flatten().view(torch.uint8) for each in (tensors[name], tensor))), name
-    assert meta.pop("format") == 2
+    assert meta.pop("format") == 3
     assert re.fullmatch(r"[0-9a-f]{64}", meta.pop("sha256"))
     assert meta == META
 
@@ -193,7 +193,7 @@ def signed(header: bytes, data: bytes = b"") -> bytes:
 
 def forged(tensors: Any, data: bytes = b"", text: str | None = None) -> bytes:
     """A checkpoint whose header and metadata are what somebody wants them to be."""
-    meta = json.dumps({"sha256": "0" * 64, "format": 2}, separators=(",", ":")) if text is None else text
+    meta = json.dumps({"sha256": "0" * 64, "format": 3}, separators=(",", ":")) if text is None else text
     return signed(json.dumps({"__metadata__": {"dltrain": meta}, **tensors}).encode(), data)
 
 
@@ -255,10 +255,10 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, content, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, 10])
+@pytest.mark.parametrize("version", [0, 1, 2, 10])
 def test_another_format_names_the_version(tmp_path, version):
     text = "{" + DIGEST + f',"format":{version}' + "}"
-    with pytest.raises(CheckpointError, match=rf"format {version}; this dltrain reads format 2: use the dltrain that"):
+    with pytest.raises(CheckpointError, match=rf"format {version}; this dltrain reads format 3: use the dltrain that"):
         checkpoint.read(write(tmp_path / "x", forged({}, text=text)))
 
 
@@ -794,8 +794,8 @@ def test_the_pages_code_finds_damage(tmp_path, read_checkpoint):
         damaged[position] ^= 1
         with pytest.raises((ValueError, KeyError)):
             read_checkpoint(write(tmp_path / "x", damaged))
-    with pytest.raises(ValueError, match=r"format 3"):
-        read_checkpoint(write(tmp_path / "x", forged({}, text="{" + DIGEST + ',"format":3}')))
+    with pytest.raises(ValueError, match=r"format 4"):
+        read_checkpoint(write(tmp_path / "x", forged({}, text="{" + DIGEST + ',"format":4}')))
 
 
 def table(heading: str) -> dict[str, str]:

@@ -227,20 +227,6 @@ def test_tables_keep_to_the_terminal(
     assert max(map(len, tables)) <= int(columns)
 
 
-def test_check_gpu_answers_where_there_is_none(dltrain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    done = dltrain("check-gpu", "--json")
-    facts = json.loads(done.out)
-    assert facts["devices"][0]["kind"] == "cpu"
-    assert all(test["result"] == "pass" for test in facts["devices"][0]["tests"])
-    if facts["verdict"]["level"] == "no_gpu":
-        assert done.code == 5
-        assert dltrain("check-gpu", "--allow-cpu").code == 0
-
-
 def command(*arguments: object, **settings: Any) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
@@ -275,9 +261,9 @@ def test_the_help_needs_no_torch() -> None:
 def test_ctrl_c_twice_leaves_at_once(tmp_path: Path) -> None:
     """The first is answered after the step; a step that takes long can be left by the second."""
     code = (
-        "import os, signal, sys, time; from dltrain import cli, train\n"
+        "import os, signal, sys, time; from dltrain import cli, step\n"
         "def slow(parameters): print('slow', file=sys.stderr, flush=True); time.sleep(60)\n"
-        "train._gradient_norm = slow\nsys.exit(cli.run(sys.argv[1:]))"
+        "step._gradient_norm = slow\nsys.exit(cli.run(sys.argv[1:]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "train", *SMALL, "--out", "run", "-q"],

@@ -160,7 +160,7 @@ EACH_MISTAKE = [
     (instead(data="{name: cifar100, vall: 1}"), "2: data.vall: unknown key; did you mean 'val'?"),
     (
         instead(data="{name: digits, source: 1}"),
-        "2: data.source: unknown key; there is augment, balance, classes, limit, root, val, verify",
+        "2: data.source: unknown key; there is augment, balance, classes, limit, resident, root, val, verify",
     ),
     (instead(schedule="{name: cosine, warmup: 1}"), "5: schedule.warmup: unknown key; did you mean 'warmup_epochs'?"),
     (instead(descent="{batchsize: 32}"), "5: descent.batchsize: unknown key; did you mean 'batch_size'?"),
@@ -562,6 +562,7 @@ def test_every_shared_setting_survives_too(tmp_path: Path) -> None:
         "root": "1e3",
         "verify": False,
         "balance": True,
+        "resident": "auto",
         "val": 0.5,
         "classes": ["1e3", 4],
         "limit": 9,

@@ -63,7 +63,7 @@ def test_a_config_says_what_to_type_and_what_to_expect(name: str) -> None:
     text = " ".join(head[2:])
     assert re.search(r"Expect: (\d\d\.\d\d |not run to the end here)", text)
     assert re.search(
-        r"Time: +(\d+ s for the whole command, .+ on|not timed; \d+ MFLOPs for an image's forward pass)", text
+        r"Time: +([\d.]+ s for the whole command, .+ on|not timed; \d+ MFLOPs for an image's forward pass)", text
     )
     assert re.search(r"Source: \w+", text)
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_a_device_that_is_asked_for_is_taken(monkeypatch, asked, expected):
         ("cuda", 0, "device cuda: no CUDA devices here; use --device auto or cpu"),
         ("cuda:0", 0, "device cuda:0: no CUDA devices here"),
         ("cuda:1", 1, "device cuda:1: 1 CUDA device here"),
+        ("cuda:999", 1, "device cuda:999: 1 CUDA device here"),
         ("cuda:5", 2, "device cuda:5: 2 CUDA devices here"),
         ("mps", 2, "device mps: not available here; use --device auto or cpu"),
     ],
@@ -86,9 +88,9 @@ def test_what_names_no_device_is_a_usage_error(asked):
     [
         (CNN, SAPPHIRE_RAPIDS, "bf16", "convolutions, and the CPU has amx_bf16 and avx512_bf16"),
         (CNN, ZEN_4, "bf16", "convolutions, and the CPU has avx512_bf16"),
-        (CNN, ICE_LAKE, "fp32", "convolutions, and the CPU has no bf16 units"),
-        (CNN, "", "fp32", "convolutions, and the CPU has no bf16 units"),
-        (MLP, SAPPHIRE_RAPIDS, "fp32", "no convolutions; the cpu gains nothing by bf16"),
+        (CNN, ICE_LAKE, "fp32", "the CPU has no bf16 units"),
+        (CNN, "", "fp32", "the CPU has no bf16 units"),
+        (MLP, SAPPHIRE_RAPIDS, "fp32", "no convolutions, and the CPU has amx_bf16 and avx512_bf16"),
     ],
 )
 def test_precision_on_a_cpu_follows_its_instruction_sets(monkeypatch, model, flags, precision, why):
@@ -98,6 +100,66 @@ def test_precision_on_a_cpu_follows_its_instruction_sets(monkeypatch, model, fla
     assert placed.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert placed.why["precision"] == f"{precision} ({why})"
     assert placed.why["device"] == "cpu (neither CUDA nor MPS is here)"
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "share", "precision", "timed"),
+    [
+        (MLP, SAPPHIRE_RAPIDS, 0.79, "bf16", True),
+        (MLP, SAPPHIRE_RAPIDS, 0.81, "fp32", True),
+        (CNN, ZEN_4, 0.5, "bf16", True),
+        (CNN, ZEN_4, 1.2, "fp32", True),
+        (CNN, SAPPHIRE_RAPIDS, 1.2, "bf16", False),
+        (MLP, ICE_LAKE, 0.5, "fp32", False),
+    ],
+)
+def test_what_a_cpu_reports_does_not_settle_is_timed(monkeypatch, model, flags, share, precision, timed):
+    have(monkeypatch, flags=flags)
+    asked = []
+
+    def seconds(placement):
+        asked.append((placement.dtype, placement.memory_format))
+        return {torch.float32: 0.5, torch.bfloat16: 0.5 * share}[placement.dtype]
+
+    placed = place("auto", "auto", "auto", model, seconds=seconds)
+    assert asked == [(dtype, placed.memory_format) for dtype in (torch.float32, torch.bfloat16) if timed]
+    assert placed.why["precision"].startswith(precision)
+    assert (f"a step in bf16 took {share:.2f} of the time in fp32" in placed.why["precision"]) == timed
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "why"),
+    [("cpu", "bf16", "as it was trained before"), ("cuda", "fp32", "no convolutions, and the CPU has amx")],
+)
+def test_auto_keeps_to_what_was_recorded_on_the_same_device(monkeypatch, device, precision, why):
+    have(monkeypatch, flags=SAPPHIRE_RAPIDS)
+    recorded = {**bits_depend_on(PLACED), "arithmetic": "bfloat16"}
+    recorded["device"] = recorded["device"].replace("cpu", device)
+    placed = place("auto", "auto", "auto", MLP, recorded=recorded)
+    assert placed.why["precision"].startswith(f"{precision} ({why}")
+    asked = place("auto", "fp32", "auto", MLP, recorded=recorded)
+    assert asked.why["precision"] == "fp32 (asked for)"
+
+
+def test_the_c_library_keeps_the_memory_that_tensors_gave_back():
+    """Freed blocks of a tensor's size do not go back to the system, so the next ones cost no page faults."""
+    code = """
+import resource, torch
+from dltrain.device import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(16 << 20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+keep_memory()
+faults()
+print(before, faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    if platform.libc_ver()[0] == "glibc":
+        assert after < before / 10
 
 
 @pytest.mark.parametrize(
@@ -208,6 +270,7 @@ def test_what_the_bits_depend_on_is_recorded():
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "arithmetic": "float32",
         "layout": "contiguous_format",
+        "compile": "off",
     }
     assert two == {**one, "threads": 2}
     assert json.loads(json.dumps(one)) == one

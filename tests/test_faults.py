@@ -25,7 +25,7 @@ from conftest import Run
 from data_files import write_cifar10, write_mnist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dltrain import checkpoint, rundir, train, trained
+from dltrain import checkpoint, rundir, step, trained
 from dltrain.data.files import Files, expand
 from dltrain.data.npz import npz
 from dltrain.errors import DataError
@@ -119,7 +119,7 @@ def test_out_of_memory_names_the_micro_batch_that_keeps_the_step(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "gradient", full)
+        patch.setattr(step, "gradient", full)
         done = dltrain("train", "c.yaml", "--out", "run", "-q")
         assert (done.code, done.err.count("\n")) == (5, 1)
         single = dltrain("train", "c.yaml", "--out", "single", "-q", "--set", "descent.variant=stochastic")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,7 @@ from dltrain import config as configs
 from dltrain.build import build_model
 from dltrain.errors import ConfigError
 from dltrain.models.layers import shape_after
+from dltrain.modules import as_written
 from dltrain.registry import Item, Section
 from dltrain.yamlfile import Document
 
@@ -467,3 +469,55 @@ def test_the_seed_decides_the_weights():
     for name, tensor in one.items():
         assert torch.equal(tensor, same[name])
         assert not torch.equal(tensor, other[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_relu_behind_the_max_pooling_changes_no_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """Outputs and all gradients, also where a window has no positive number, equal ones, or padding around it."""
+    written = [
+        "relu",
+        {"maxpool": {"size": 3, "stride": 2, "padding": 1}},
+        {"conv": {"out": 4}},
+        "relu",
+        {"maxpool": 2},
+    ]
+    network = cnn([*written, "relu", {"maxpool": {"size": 2, "stride": 1}}, "flatten", {"linear": 10}], (3, 15, 15))
+    network.to(dtype)
+    x = images(6, 3, 15, 15).to(dtype).mul(2).round().contiguous(memory_format=layout)  # whole numbers: many are equal
+    x[0] = -1
+    called: list[str] = []
+    for name, module in network.named_children():
+        module.register_forward_hook(lambda module, inputs, output, name=name: called.append(name))
+    found = []
+    for as_in_the_config in (False, True):
+        with as_written(network) if as_in_the_config else nullcontext():
+            leaf = x.clone().requires_grad_()
+            outputs = network(leaf)
+        network.zero_grad()
+        outputs.float().square().sum().backward()
+        found.append([outputs, leaf.grad, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    names = [name for name, _ in network.named_children()]
+    assert called == [names[i] for i in (1, 0, 2, 4, 3, 6, 5, 7, 8)] + names
+
+
+def test_other_activations_stay_in_front_of_the_max_pooling() -> None:
+    network = cnn(["gelu", {"maxpool": 2}, "relu", {"avgpool": 2}, "flatten", {"linear": 10}])
+    x = images(2, 3, 8, 8).float()
+    expected = x
+    for module in network:
+        expected = module(expected)
+    assert torch.equal(network(x), expected)
+
+
+def test_the_gradient_of_flatten_goes_back_in_the_layout_of_its_input() -> None:
+    x = images(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+    between = x * 1
+    flat = layer("flatten", (3, 4, 5))(between)
+    between.register_hook(seen.append)
+    flat.backward(images(2, 60, seed=1))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(seen[0], images(2, 60, seed=1).view(2, 3, 4, 5))
+    assert not layer("flatten", (5,))(torch.ones(2, 5)).requires_grad

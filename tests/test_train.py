@@ -18,7 +18,7 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dltrain import checkpoint, cli, rundir, runs, state, train
+from dltrain import checkpoint, cli, rundir, runs, state, step
 from dltrain.data.digits import digits
 from dltrain.data.files import Files
 from dltrain.data.random import generator
@@ -248,8 +248,8 @@ def test_on_a_device_that_is_not_asked_each_step_what_was_not_finite_is_never_sa
     dltrain: Run, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA: a step of lion along a gradient of NaN moves nothing, and all looks well from then on."""
-    monkeypatch.setattr(train, "direction", poisoned(train.direction, at=4))
-    monkeypatch.setattr(train, "_asks_each_step", lambda device: False)
+    monkeypatch.setattr(step, "direction", poisoned(step.direction, at=4))
+    monkeypatch.setattr(step, "_asks_each_step", lambda device: False)
     more = (
         "--set",
         "optim={name: lion, lr: 1.0e-3}",
@@ -407,7 +407,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(dltrain: Run, config
 def test_a_gradient_that_is_not_finite_is_not_stepped_along(
     dltrain: Run, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_gradient_norm", lambda parameters: torch.tensor(float("inf")))
+    monkeypatch.setattr(step, "_gradient_norm", lambda parameters: torch.tensor(float("inf")))
     done = dltrain("train", config, "--out", "run", "-q", "--set", "train.checkpoint_every_steps=1")
     assert done.code == 7
     assert "step 1:" in done.err
@@ -522,6 +522,15 @@ def test_tensorboard_shows_what_metrics_hold(dltrain: Run, config: Path, monkeyp
     start = HParamsPluginData.FromString(content).session_start_info
     assert start.hparams["optim.lr"].number_value == pytest.approx(3e-3)
     assert not [path for path in Path("run").rglob("events*") if path.parent != Path("run")]
+
+
+def test_the_training_split_is_scored_unless_told_not_to(dltrain: Run, config: Path, straight: Path) -> None:
+    assert dltrain("train", config, "--out", "run", "-q", "--set", "evaluate.train=false").code == 0
+    scored, unscored = (json.loads((run / "summary.json").read_text()) for run in (straight, Path("run")))
+    assert unscored["train"] is None
+    assert scored["train"]["accuracy"] > 0.5
+    assert (scored["val"], scored["test"]) == (unscored["val"], unscored["test"])
+    assert_same_end(straight, Path("run"))
 
 
 def test_a_tensorboard_that_cannot_write_stops_nothing(

@@ -26,7 +26,9 @@ def sequence(shape: Shape, outputs: int, layers: Sequence[Component]) -> nn.Sequ
 
     Raises ValueError for a layer that does not fit, with its index, its name and the shapes up to it.
     """
-    modules = nn.Sequential()
+    from dltrain.modules import Layers
+
+    modules = Layers()
     shapes = [shape]
     for index, layer in enumerate(layers):
         try:
@@ -242,7 +244,9 @@ def multiply(shape: Shape, outputs: int, *, factor: Finite) -> nn.Module:
 @register("layer")
 def flatten(shape: Shape, outputs: int) -> nn.Module:
     """An image as one row of numbers."""
-    return nn.Flatten()
+    from dltrain.modules import Flatten
+
+    return Flatten()
 
 
 @register("layer")

@@ -1,0 +1,153 @@
+"""One training step after another: the gradient, what is made of it, and what is counted on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from dltrain.averaging import Followers
+from dltrain.build import Setup
+from dltrain.data.batches import Batches, labels_of
+from dltrain.errors import DivergedError
+from dltrain.evaluate import predicted
+from dltrain.optimizers import ascend, descend
+from dltrain.spans import each, span
+from dltrain.state import Run
+
+UNREAD = 1 << 20  # numbers that wait on the device to be counted: 4 MiB
+
+Outputs = list[
+    tuple[torch.Tensor, torch.Tensor]
+]  # of the micro-batches: outputs [B, K], targets as `Batches` gives them
+
+
+class Steps:
+    """Takes a run's steps from where it stands.  What they gave stays on the device until `read`."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.batches = run.setup.batches()
+        self._followers = Followers(run)
+        self._unread: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # loss [], gradient's norm [], images
+        self._outputs: Outputs = []
+        self._norm = 0.0
+
+    def take(self) -> None:
+        """One step.  Raises DivergedError where its loss or gradient is not finite, on a CPU before it is taken."""
+        run, at, setup, batches = self.run, self.run.progress, self.run.setup, self.batches
+        setup.optimizers.set_rates(at.epoch + at.step / batches.steps, setup.config.train.epochs, at.losses)
+        loss, norm = direction(setup, batches, at.epoch, at.step, self._outputs)
+        if _asks_each_step(setup.placement.device):
+            _check_finite(run, run.global_step + 1, loss.item(), norm.item())
+        self._unread.append((loss, norm, batches.images_in(at.step)))
+        with span("optimizer"):
+            setup.optimizers.step(loss, self._again)
+        at.step += 1
+        self._followers.follow()
+        if sum(outputs.numel() for outputs, _ in self._outputs[-1:]) * len(self._outputs) > UNREAD:
+            self.read()
+
+    def _again(self) -> torch.Tensor:
+        return gradient(self.run.setup, self.batches, self.run.progress.epoch, self.run.progress.step)
+
+    def read(self) -> float:
+        """Adds what the steps gave to the run's sums, and gives the last step's gradient norm.
+
+        This waits for the device.  Raises DivergedError where a loss or gradient since the last reading is not finite.
+        """
+        if not self._unread:
+            return self._norm
+        losses, norms = torch.stack([torch.stack(pair) for *pair, _ in self._unread]).T.tolist()
+        loss_sum, correct = self.run.sums.tolist()
+        first = self.run.global_step - len(losses) + 1
+        for step, (loss, norm, (_, _, images)) in enumerate(zip(losses, norms, self._unread, strict=True), first):
+            _check_finite(self.run, step, loss, norm)
+            loss_sum += loss * images  # one after another: to the same bits however often it is read
+        outputs, targets = zip(*self._outputs, strict=True)
+        right = predicted(torch.cat(outputs)) == labels_of(torch.cat(targets))
+        self.run.sums[0], self.run.sums[1] = loss_sum, correct + right.sum().item()
+        self._unread.clear()
+        self._outputs.clear()
+        self._norm = norms[-1]
+        return self._norm
+
+
+def gradient(setup: Setup, batches: Batches, epoch: int, step: int, outputs: Outputs | None = None) -> torch.Tensor:
+    """Computes the mean loss `[]` of a step's images and leaves its gradient in the parameters.
+
+    outputs: to which what the model made of the images is added
+    """
+    for parameter in setup.parameters:
+        parameter.grad = None
+    total: torch.Tensor | None = None
+    for images, targets, share in each("batch", batches.step(epoch, step)):  # [B, C, H, W], [B] or [B, classes]
+        loss, found = setup.forward(images, targets)
+        if share != 1:
+            loss = loss * share
+        with span("backward"):
+            loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+        if outputs is not None:
+            outputs.append((found.detach(), targets))
+    assert total is not None  # a step has images
+    return total
+
+
+def direction(
+    setup: Setup, batches: Batches, epoch: int, step: int, outputs: Outputs | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves what a step goes along in the parameters' gradients; the mean loss `[]` and the gradient's norm `[]`.
+
+    That is the gradient, or at sharper weights (optim.sam_rho), and no longer than train.clip_norm; the norm is before.
+    """
+    config, parameters = setup.config, setup.parameters
+    loss = gradient(setup, batches, epoch, step, outputs)
+    if config.optim.sam_rho:
+        _sharpen(setup.model, parameters, config.optim.sam_rho, lambda: gradient(setup, batches, epoch, step))
+    with span("norm"):
+        norm = _gradient_norm(parameters)
+        if config.train.clip_norm:  # as torch.nn.utils.clip_grad_norm_
+            scale = (config.train.clip_norm / (norm + 1e-6)).clamp(max=1)
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+    return loss, norm
+
+
+def _sharpen(
+    model: torch.nn.Module, parameters: list[torch.nn.Parameter], rho: float, again: Callable[[], torch.Tensor]
+) -> None:
+    """Replaces the gradient by that at the worst weights within `rho` of these, to first order (Foret et al. 2021).
+
+    Batch norm's running statistics are those of the weights themselves.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    weights = ascend(parameters, rho)
+    again()
+    descend(parameters, weights)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients together: float32 `[]`."""
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def _asks_each_step(device: torch.device) -> bool:
+    """Whether a number of the device's can be read without waiting for it; elsewhere log lines and saves ask."""
+    return device.type == "cpu"
+
+
+def _check_finite(run: Run, step: int, loss: float, norm: float) -> None:
+    if not math.isfinite(loss + norm):
+        raise diverged(run, step, f"the loss is {loss} and the gradient's norm {norm}")
+
+
+def diverged(run: Run, step: int, what: str) -> DivergedError:
+    """step: counted from 1"""
+    rate = run.setup.optimizers.lr
+    mend = "lower optim.lr, warm up (schedule.warmup_epochs) or clip the gradient (train.clip_norm: 1)"
+    return DivergedError(f"step {step}: {what}, at learning rate {rate:.3g}; nothing was saved of it: {mend}")
