@@ -10,8 +10,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
-import re
 import shlex
 import signal
 import sys
@@ -30,20 +28,20 @@ import torch
 from rich.console import Console
 
 from dltrain import config as configs
-from dltrain import registry, rundir, runs, shipped
+from dltrain import rundir, runs, shipped
 from dltrain.build import build_model
 from dltrain.config import Config
 from dltrain.data.dataset import Dataset
 from dltrain.data.files import State, data_root, state
 from dltrain.device import choose_device
-from dltrain.dryrun import count_flops
+from dltrain.dryrun import FORWARD_PASSES, count_flops
 from dltrain.errors import ConfigError, DataError, DivergedError, DltrainError, RunTakenError, Stopped
+from dltrain.gpu.facts import cpu
 from dltrain.gpu.rates import matmul_rate
 from dltrain.registry import Component
 from dltrain.tables import percent, say
 
 FAST = "_speed"  # what the names of the shipped recipes end with that are made for it
-BACKWARD = 2  # the products of a backward pass, in those of the forward pass (Chowdhery et al. 2022, appendix B)
 CONFIDENCE = 0.95  # that the mean of all seeds is within the interval
 
 Found = dict[str, Any]
@@ -92,7 +90,7 @@ def plan(asked: Sequence[str], overrides: Sequence[str], out: Path | None, conso
 def _missing_data(config: Config) -> str | None:
     """Why a recipe's data would have to be downloaded, and how; None where it would not."""
     source = config.data.source
-    found = state(registry.find(source.name, source.kind), data_root(config.data.root))
+    found = state(source.entry, data_root(config.data.root))
     if found.state not in (State.ABSENT, State.INCOMPLETE):
         return None
     return f"its data is {found.state} in {found.folder}; `dltrain data get {source.name}` fetches it"
@@ -264,7 +262,7 @@ def _arithmetic(
     model = build_model(config, data.shape, len(config.data.classes or data.classes))
     flops = count_flops(model, torch.zeros(1, *data.shape)).get_total_flops()
     largest = matmul_rate(device, dtype)
-    achieved = None if images_per_second is None else (1 + BACKWARD) * flops * images_per_second
+    achieved = None if images_per_second is None else FORWARD_PASSES * flops * images_per_second
     return {
         "flops_per_image": flops,
         "flops_per_second": achieved,
@@ -317,17 +315,11 @@ def hardware(device: torch.device) -> Found:
         return {"device": str(device), "name": card.name, "memory": card.total_memory}
     return {
         "device": str(device),
-        "name": _cpu_name(),
+        "name": cpu()["name"],
         "memory": psutil.virtual_memory().total,
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only
-    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _divergence(recipes: Sequence[Found], overrides: Sequence[str]) -> DivergedError | None:

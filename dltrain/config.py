@@ -464,7 +464,7 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
 def _optimizers(config: Config) -> Iterator[tuple[Component, Mapping[str, Any]]]:
     """Each optimizer of a config, and what else was registered with it."""
     for source in (config.optim.source, *(group.source for group in config.optim.groups)):
-        yield source, registry.find(source.name, source.kind).facts
+        yield source, source.entry.facts
 
 
 def _closure_disagreements(config: Config) -> Iterator[tuple[Place, str]]:

@@ -14,6 +14,8 @@ from dltrain.config import Config
 from dltrain.modules import as_written
 from dltrain.runs import describe, new_run
 
+# of a training step: a backward pass multiplies twice as often (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)
+FORWARD_PASSES = 3
 TOLERANCE = 0.25  # of the expected first loss, or this much where that is more
 
 

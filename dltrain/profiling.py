@@ -18,7 +18,7 @@ from dltrain import rundir
 from dltrain.averaging import training_mode
 from dltrain.build import build
 from dltrain.config import Config
-from dltrain.dryrun import count_flops
+from dltrain.dryrun import FORWARD_PASSES, count_flops
 from dltrain.errors import OutputError
 from dltrain.runs import describe, new_run
 from dltrain.spans import measured_by, span
@@ -29,8 +29,6 @@ TIMED = 100  # steps, at most
 PROFILED = 20  # steps, at most: a trace of more is slow to open
 SECONDS = 3.0  # for each of the three; of long steps fewer are taken
 OPERATORS = 10  # that are listed
-# Kaplan et al. 2020 (arXiv 2001.08361, section 2.1): a backward pass multiplies twice as often as a forward pass
-FORWARD_PASSES = 3
 
 
 def profile(config: Config, folder: Path, note: Callable[[str], None]) -> dict[str, Any]:

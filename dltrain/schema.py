@@ -103,7 +103,7 @@ def _plain(default: Any) -> Any:
     """A default as a config would have it."""
     if not isinstance(default, Component):
         return default
-    bare = registry.component(registry.find(default.name, default.kind), {})
+    bare = registry.component(default.entry, {})
     return default.name if default.plain() == bare.plain() else registry.Item(default.kind).write(default)
 
 

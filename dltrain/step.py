@@ -132,6 +132,8 @@ def _sharpen(
 def _gradient_norm(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together: float32 `[]`."""
     norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+    if _asks_each_step(norms[0].device):
+        return torch.tensor(math.hypot(*(norm.item() for norm in norms)))  # a tenth of the time of two more operations
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 

@@ -72,7 +72,7 @@ PROBES = [
     (facts, "_kernel_module", "kernel module"),
     (facts, "_pci", "pci"),
     (facts, "_device_files", "device files"),
-    (facts, "_cpu", "cpu"),
+    (facts, "cpu", "cpu"),
     (facts, "_memory", "memory"),
     (facts, "_cuda_count", "cuda"),
     (facts, "_mps_devices", "mps"),
@@ -197,7 +197,7 @@ CPUINFO = {
 def test_cpu_as_linux_describes_it(system: Path, name: str) -> None:
     text, model, units, native = CPUINFO[name]
     write(system, {"proc/cpuinfo": f"processor\t: 0\n{text}"})
-    cpu = facts._cpu()
+    cpu = facts.cpu()
     assert (cpu["instruction_sets"], cpu["native"]) == (units, native)
     assert cpu["name"] == (model or cpu["name"]) != ""
 
@@ -207,10 +207,10 @@ def test_cores_are_those_the_process_may_use() -> None:
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(before)})
     try:
-        assert (facts._cpu()["cores"], facts._cpu()["cores_of_machine"]) == (1, os.cpu_count())
+        assert (facts.cpu()["cores"], facts.cpu()["cores_of_machine"]) == (1, os.cpu_count())
     finally:
         os.sched_setaffinity(0, before)
-    assert facts._cpu()["cores"] == len(before)
+    assert facts.cpu()["cores"] == len(before)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Batches:
         self.odds = class_odds(split.labels) if balance else None
         self.pixels = split.images.to(device) if resident else Stream(split.images, step_size, micro_size, device)
         self._epoch = -1
-        self._drawn = self._order = torch.empty(0)
+        self._drawn = self._order = self._ordered_labels = torch.empty(0)
 
     @property
     def images(self) -> int:
@@ -94,12 +94,14 @@ class Batches:
 
         Targets are the labels, int64 `[B]`, or after a mixing shares of the classes, float32 `[B, classes]`.
         """
-        order, on_host = self.order(epoch), self._drawn  # a step of another epoch may be asked for between two parts
+        # kept here: a step of another epoch may be asked for between two parts
+        order, on_host, labels = self.order(epoch), self._drawn, self._ordered_labels
         first = step * self.step_size
         end = min(first + self.step_size, len(order))
         for place, start in enumerate(range(first, end, self.micro_size)):
-            index = order[start : min(start + self.micro_size, end)]
-            images, targets = self._cut(epoch, on_host, start, index), self.labels.index_select(0, index)
+            part = slice(start, min(start + self.micro_size, end))
+            index, targets = order[part], labels[part]
+            images = self._cut(epoch, on_host, start, index)
             if self.augment:
                 random = Random(step, place, seed=self.seed, epoch=epoch, index=index, device=self.device)
                 images, targets = self._augmented(images, targets, random)
@@ -130,6 +132,7 @@ class Batches:
             else:
                 self._drawn = torch.multinomial(self.odds, len(self.labels), replacement=True, generator=random)
             self._order, self._epoch = self._drawn.to(self.device), epoch
+            self._ordered_labels = self.labels.index_select(0, self._order)  # once, and not a little in each step
         return self._order
 
 

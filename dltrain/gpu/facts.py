@@ -260,7 +260,7 @@ def _read(file: Path) -> str:
 def _devices(built: Facts | None, driver: Facts | None, probe: Probe) -> list[Facts]:
     """The CPU, then each GPU that torch offers."""
     devices: list[Facts] = [{"device": "cpu", "kind": "cpu", "name": "CPU"}]
-    devices[0] |= (probe("cpu", _cpu) or {}) | (probe("memory", _memory) or {})
+    devices[0] |= (probe("cpu", cpu) or {}) | (probe("memory", _memory) or {})
     if not built:
         return devices
     for index in range(probe("cuda", _cuda_count, driver is not None) or 0):
@@ -273,7 +273,7 @@ def _devices(built: Facts | None, driver: Facts | None, probe: Probe) -> list[Fa
     return devices + (probe("mps", _mps_devices) or [])
 
 
-def _cpu() -> Facts:
+def cpu() -> Facts:
     text = _read(PROC / "cpuinfo")
     found = {key: re.search(rf"^(?:{key})\s*: (.+)$", text, re.MULTILINE) for key in ("model name", "flags|Features")}
     model, flags = (match[1] if match else "" for match in found.values())

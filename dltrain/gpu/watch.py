@@ -14,13 +14,13 @@ from typing import Any
 
 from dltrain.errors import DeviceError
 from dltrain.gpu import nvml
+from dltrain.gpu.diagnose import SLOWED
 from dltrain.gpu.rates import LONG, normal, synchronize
 from dltrain.gpu.worker import Worker, first_line
 from dltrain.lazy import torch
 
 Sample = dict[str, Any]
 WATCHED = ("name", "uuid", "utilization", "memory", "temperature", "power", "clocks", "throttle", "ecc")
-HARMFUL = {"hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake"}  # the others come with any full load
 SLOWER = 0.9  # of its first rate, below which a device that warms up is worth a warning
 BURST = 1.0  # seconds of load between two samples
 START = 60.0  # seconds that the first burst may take: torch is imported, and memory filled
@@ -179,7 +179,7 @@ def judge(samples: Sequence[Sample]) -> dict[str, Any]:
     wrong = sum(each["wrong"] for each in whole)
     quarter = max(1, len(whole) // 4)
     first, last = (statistics.mean(each["rate"] for each in part) for part in (whole[:quarter], whole[-quarter:]))
-    throttled = sorted({reason for each in whole for reason in each.get("throttle") or ()} & HARMFUL)
+    throttled = sorted({reason for each in whole for reason in each.get("throttle") or ()} & SLOWED)
     lost = [each["ecc"]["uncorrected"] for each in whole if (each.get("ecc") or {}).get("uncorrected") is not None]
     lost_here = lost[-1] - lost[0] if lost else 0
     said = [f"{first / 1e12:.3g} TFLOP/s at first, {last / 1e12:.3g} at the end", f"{wrong} wrong numbers"]
