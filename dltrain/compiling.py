@@ -11,6 +11,7 @@ from torch import nn
 
 from dltrain.device import Placement
 from dltrain.errors import DeviceError
+from dltrain.gpu.rates import synchronize
 
 Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -89,8 +90,7 @@ def seconds_of_a_step(
             begin = perf_counter()
             model.zero_grad()
             forward(inputs, targets)[0].backward()
-            if placement.device.type != "cpu":
-                torch.accelerator.synchronize(placement.device)
+            synchronize(placement.device)
             if step >= 2:
                 took.append(perf_counter() - begin)
             if sum(took) > 1:

@@ -20,6 +20,7 @@ from dltrain.build import build
 from dltrain.config import Config
 from dltrain.dryrun import FORWARD_PASSES, count_flops
 from dltrain.errors import OutputError
+from dltrain.gpu.rates import synchronize
 from dltrain.runs import describe, new_run
 from dltrain.spans import measured_by, span
 from dltrain.step import Steps
@@ -79,7 +80,7 @@ def profile(config: Config, folder: Path, note: Callable[[str], None]) -> dict[s
     ):
         for _ in range(1 + profiled):
             step()
-            _wait(device)  # a kernel is to lie in the step that it is of
+            synchronize(device)  # a kernel is to lie in the step that it is of
             profiler.step()
     steps.read()  # raises where what is still unread is not finite
     traced, operators, kernels = _read(profiler.key_averages(), profiled)
@@ -136,7 +137,7 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """By span, in the order of their first opening, between the first and the last mark."""
-        _wait(self.device)
+        synchronize(self.device)
         found: dict[str, float] = {}
         for (name, begin), (_, end) in pairwise(self.marks):
             took = end - begin if self.device.type == "cpu" else begin.elapsed_time(end) / 1000
@@ -165,18 +166,13 @@ def _stepper(steps: Steps) -> Callable[[], None]:
     return step
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def _warm_up(step: Callable[[], None], device: torch.device) -> float:
     """Takes steps until they are as fast as they get; seconds of one."""
     took: list[float] = []
     while len(took) < WARM_UP and sum(took[1:]) < SECONDS:  # the first may have compiled for minutes
         begin = time.perf_counter()
         step()
-        _wait(device)
+        synchronize(device)
         took.append(time.perf_counter() - begin)
     return min(took)
 

@@ -292,6 +292,7 @@ def test_layer_scales_count_as_norms(dltrain: Run, tmp_path: Path) -> None:
     [
         ("optim.groups=[{ndim: 1, nesterov: true, momentum: 0}]", "optim.groups.0: sgd: nesterov needs a momentum"),
         ("model.layers=[flatten, {rbf: classes}]", "the model has no parameter to train"),
+        ("model.frozen=['*']", "model.frozen leaves no parameter to train"),
         ("data.augment=[mixup]", "data.augment: mixup mixes images of a batch, and here one goes through at a time"),
     ],
 )

@@ -295,7 +295,7 @@ def small(config: Config, device: str, images: int) -> Config:
     *shape, classes = _shape(config)
     source = _Noise((shape[0], shape[1], shape[2]), classes, images)
     data = config.data.model_copy(update={"source": source, "val": 0, "limit": None, "classes": None})
-    train = config.train.model_copy(update={"device": device})
+    train = config.train.model_copy(update={"device": device, "compile": "off"})  # what auto chose would not be used
     return config.model_copy(update={"data": data, "descent": Descent(batch_size=images), "train": train})
 
 
