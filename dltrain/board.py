@@ -16,21 +16,29 @@ from torch.utils.tensorboard.summary import hparams
 
 from dltrain.build import Setup
 from dltrain.data.dataset import Split
-from dltrain.evaluate import Evaluation, evaluate, predicted, probabilities
-from dltrain.figures import confusion_picture, filter_picture, grey_or_colour, image_grid, mistakes_picture, sprite
-from dltrain.metrics import confusion_matrix, worst_mistakes
+from dltrain.evaluate import Evaluation
+from dltrain.figures import filter_picture, grey_or_colour, image_grid, sprite
 from dltrain.state import Run
+from dltrain.tasks import predicted, probabilities
 
 # a scalar's tag here -> its key in metrics.jsonl
 STEP_TAGS = {
-    "loss/train": "loss",
-    "accuracy/train": "accuracy",
     "learning_rate": "lr",
     "gradient_norm": "gradient_norm",
     "images_per_second": "images_per_second",
 }
-# of the chosen weights: the metrics of the hparams view -> their split and score
-FINAL_TAGS = {f"final/{split}_{score}": (split, score) for split in ("val", "test") for score in ("accuracy", "loss")}
+# what the layers are compared by, all in one chart: its title -> the tags that it draws
+LAYER_CHARTS = {
+    title: ["Multiline", [f"layers/{key}/.*"]]
+    for title, key in {
+        "gradient norm": "gradient_norm",
+        "weight norm": "weight_norm",
+        "mean of the activations": "mean",
+        "standard deviation of the activations": "std",
+        "share of zeros": "zeros",
+        "share of dead units": "dead",
+    }.items()
+}
 BINS = 64  # of a histogram, which TensorBoard draws with 30
 EMBEDDED = 1000  # test images: t-SNE in the browser takes minutes for many more
 
@@ -52,8 +60,14 @@ class Board:
             self._give_up(error)
         self._try(self._begin)
 
-    def step(self, values: Mapping[str, float]) -> None:
-        self._scalars({tag: values[key] for tag, key in STEP_TAGS.items()}, self.run.global_step)
+    def _final_tags(self) -> dict[str, tuple[str, str]]:
+        """Of the chosen weights: the metrics of the hparams view -> their split and score."""
+        scores = (self.run.setup.task.score, "loss")
+        return {f"final/{split}_{score}": (split, score) for split in ("val", "test") for score in scores}
+
+    def step(self, scores: Mapping[str, float], values: Mapping[str, float]) -> None:
+        tags = {f"{name}/train": value for name, value in scores.items()}
+        self._scalars({**tags, **{tag: values[key] for tag, key in STEP_TAGS.items()}}, self.run.global_step)
 
     def epoch(self, val: Mapping[str, float] | None, example: Callable[[], torch.Tensor]) -> None:
         """Called while the model has the weights that are trained and its parameters the last step's gradients.
@@ -61,7 +75,7 @@ class Board:
         example: gives a batch of training images as the model sees them, asked for once
         """
         if val:
-            self._scalars({"loss/val": val["loss"], "accuracy/val": val["accuracy"]}, self.run.global_step)
+            self._scalars({f"{name}/val": value for name, value in val.items()}, self.run.global_step)
         if self.shows.pictures and not self.has_examples:
             self.has_examples = True
             self._try(lambda writer: self._examples(writer, example()))
@@ -76,15 +90,22 @@ class Board:
         if self.shows.filters and epoch & (epoch - 1) == 0 and epoch < self.run.setup.config.train.epochs:
             self._try(self._filters)
 
+    def layers(self, found: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> None:
+        """What `layer_statistics` found."""
+        rows = [(name, row) for group in found.values() for name, row in group.items()]
+        scalars = {f"layers/{key}/{name}": value for name, row in rows for key, value in row.items()}
+        self._scalars({tag: value for tag, value in scalars.items() if value is not None}, self.run.global_step)
+
     def end(self, scores: Mapping[str, Evaluation], step: int) -> None:
         """The scores of each split with the weights of that step, and pictures of what the test split says of them."""
-        final = {tag: scores[split].scores()[score] for tag, (split, score) in FINAL_TAGS.items() if split in scores}
+        tags = self._final_tags().items()
+        final = {tag: scores[split].scores()[score] for tag, (split, score) in tags if split in scores}
         self._scalars(final, step)
         if self.shows.pictures:
             self._try(lambda writer: self._pictures(writer, scores["test"], step))
         if self.shows.filters:
             self._try(self._filters)
-        if self.shows.pr_curves:
+        if self.shows.pr_curves and self.run.setup.task.classifies:
             self._try(lambda writer: self._pr_curves(writer, scores["test"], step))
         if self.shows.embedding:
             self._try(lambda writer: self._embedding())
@@ -111,9 +132,11 @@ class Board:
 
     def _begin(self, writer: SummaryWriter) -> None:
         flat = _flat(self.run.setup.config.plain())
-        experiment, start, self.session_end = hparams(flat, dict.fromkeys(FINAL_TAGS, 0.0))
+        experiment, start, self.session_end = hparams(flat, dict.fromkeys(self._final_tags(), 0.0))
         # add_hparams would do this in a run of its own, which then stands beside this one
         _add(writer, experiment, start)
+        if self.shows.layers:
+            writer.add_custom_scalars({"layers": LAYER_CHARTS})
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
         def write(writer: SummaryWriter) -> None:
@@ -146,20 +169,8 @@ class Board:
 
     def _pictures(self, writer: SummaryWriter, test: Evaluation, step: int) -> None:
         data = self.run.setup.data
-        shares = probabilities(test.outputs)
-        guesses = predicted(test.outputs)
-        matrix = confusion_matrix(guesses, test.labels, len(data.classes))
-        writer.add_image("test/confusion matrix", confusion_picture(matrix, data.classes), step, dataformats="HWC")
-        worst = worst_mistakes(shares, test.labels, 25)
-        if len(worst):
-            captions = [
-                f"{data.classes[guess]} ({100 * share:.0f} %)\nis {data.classes[label]}"
-                for guess, share, label in zip(
-                    guesses[worst].tolist(), shares[worst].amax(1).tolist(), test.labels[worst].tolist(), strict=True
-                )
-            ]
-            picture = mistakes_picture(data.test.images[worst], captions)
-            writer.add_image("test/worst mistakes", picture, step, dataformats="HWC")
+        for name, picture in self.run.setup.task.pictures(data.test, test.outputs, data.classes).items():
+            writer.add_image(f"test/{name}", picture, step, dataformats="HWC")
 
     def _filters(self, writer: SummaryWriter) -> None:
         found = first_filters(self.run.setup.model, self.run.setup.data.shape)
@@ -180,14 +191,15 @@ class Board:
         test, classes = setup.data.test, setup.data.classes
         count = min(EMBEDDED, len(test))
         some = test.subset(torch.arange(count) * len(test) // count)  # from all of it: it may be ordered by class
-        vectors, outputs = last_inputs(setup, some)
-        if vectors is None:
-            self.warn("TensorBoard shows no embedding: the model has no linear layer")
+        vectors, outputs = vectors_of(setup, some)
+        if vectors is None or some.labels.ndim != 1:
+            self.warn("TensorBoard shows no embedding: the model has no linear layer, or images have no class")
             return
-        columns = {
-            "class": [classes[label] for label in some.labels.tolist()],
-            "predicted": [classes[guess] for guess in predicted(outputs).tolist()],
-        }
+        columns = {"class": [classes[label] for label in some.labels.tolist()]}
+        if setup.task.classifies:
+            columns["predicted"] = [classes[guess] for guess in predicted(outputs).tolist()]
+        else:
+            columns["image"] = [str(number) for number in range(count)]
         write_projection(self.path, vectors, columns, some.images)
 
 
@@ -213,10 +225,11 @@ def first_filters(model: nn.Module, shape: tuple[int, int, int]) -> tuple[str, t
     return None
 
 
-def last_inputs(setup: Setup, split: Split) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """What enters the linear layer that runs last, float32 `[N, features]`, and the model's outputs, `[N, outputs]`.
+def vectors_of(setup: Setup, split: Split) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What a model makes of images inside, float32 `[N, features]`, and its outputs, `[N, outputs]`, both on the CPU.
 
-    Both are on the CPU; the former is None where the model has no such layer.
+    The former is the code of an auto-encoder (what its part `encoder` gives), else what enters the linear layer that
+    runs last, or None where there is none.
     """
     latest: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
@@ -227,11 +240,16 @@ def last_inputs(setup: Setup, split: Split) -> tuple[torch.Tensor | None, torch.
     def keep(*of_model: Any) -> None:
         kept.extend(each.flatten(1).float().cpu() for each in latest)
 
+    def see_output(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        latest[:] = [output]
+
+    encoder = dict(setup.model.named_children()).get("encoder")
     linear = [module for module in setup.model.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(see) for module in linear]
+    hooks = [module.register_forward_pre_hook(see) for module in linear] if encoder is None else []
+    hooks += [] if encoder is None else [encoder.register_forward_hook(see_output)]
     hooks.append(setup.model.register_forward_hook(keep))
     try:
-        found = evaluate(setup.model, split, setup.normalise, setup.placement, setup.loss)
+        found = setup.evaluate(split)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -12,21 +12,23 @@ import torch
 from torch import nn
 
 from dltrain import compiling
-from dltrain.config import Config
-from dltrain.data.batches import Batches, Normalise, shares
-from dltrain.data.dataset import Dataset
+from dltrain.config import Config, View
+from dltrain.data.batches import Batches, Normalise
+from dltrain.data.dataset import Dataset, Split
 from dltrain.data.files import Files, data_root
 from dltrain.data.prefetch import free_memory, where_images_live
 from dltrain.data.prepare import Prepared, prepare
 from dltrain.data.random import generator
 from dltrain.device import Placement, be_deterministic, keep_memory, place
 from dltrain.errors import ConfigError
-from dltrain.evaluate import check_views
+from dltrain.evaluate import Evaluation, check_views, evaluate
 from dltrain.groups import Optimizers, freeze, make, optimizer_of, sources
 from dltrain.losses import balanced_weights
 from dltrain.models.initial import initialise_from_data, wants_data
+from dltrain.models.layers import shape_after
 from dltrain.registry import Component
 from dltrain.spans import span
+from dltrain.tasks import Task, shares
 
 TRIAL_IMAGES = 256  # at most, of a step that is timed to choose by: larger ones take as long an image
 INITIAL_IMAGES = 5000  # that weights are initialised from, as in Jordan 2024 (arXiv 2404.00498)
@@ -41,7 +43,7 @@ class Setup:
     model: nn.Module
     optimizers: Optimizers
     loss: Component
-    outputs: int  # of the model: the classes, or 1 for a sigmoid
+    task: Task
     placement: Placement
     normalise: Normalise
     resident: bool  # whether the training images live on the device
@@ -69,6 +71,10 @@ class Setup:
         loss = partial(self.loss.entry.factory, **self.loss.args)
         return compiling.compiled(self.model, loss, self.placement, self.placement.compile, whole_step)
 
+    def evaluate(self, split: Split, views: Sequence[View] = ()) -> Evaluation:
+        """What the model makes of a split as it stands; over the views, if any."""
+        return evaluate(self.model, split, self.normalise, self.placement, self.loss, self.task, views)
+
     @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch takes the images that are left."""
@@ -79,6 +85,7 @@ class Setup:
         return Batches(
             self.data.train,
             self.normalise,
+            task=self.task,
             seed=self.config.seed,
             step_size=self.step_size,
             micro_size=self.micro_size,
@@ -98,21 +105,17 @@ def load_data(config: Config, root: str | None, note: Callable[[str], None]) -> 
     return prepare(dataset, seed=config.seed, val=settings.val, classes=settings.classes, limit=settings.limit)
 
 
-def outputs_of(config: Config, classes: int) -> int:
-    """How many numbers the model gives: one a class, or one for a sigmoid."""
-    if config.model.output == "softmax":
-        return classes
-    if classes != 2:
-        text = f"tells two classes apart, the data has {classes}: keep two (data.classes: [3, 7]) or use softmax"
-        raise ConfigError(f"model.output: sigmoid {text}")
-    return 1
+def task_of(config: Config, shape: tuple[int, ...], classes: int) -> Task:
+    """What the model is to make of images of that shape (C, H, W)."""
+    task: Task = config.task.build(shape, classes, config.model.output)
+    return task
 
 
 def build_model(config: Config, shape: tuple[int, ...], classes: int) -> nn.Module:
     """The model on the CPU, its weights drawn from the seed.  Raises ConfigError where its layers do not fit."""
     torch.manual_seed(config.seed)
     try:
-        model: nn.Module = config.model.source.build(shape, outputs_of(config, classes))
+        model: nn.Module = config.model.source.build(shape, task_of(config, shape, classes).outputs)
     except RuntimeError as error:  # torch's, for sizes that no memory holds
         raise ConfigError(f"model {config.model.source.name}: {str(error).splitlines()[0]}") from None
     return model
@@ -132,27 +135,26 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
         )  # what it refuses is said before any data is read
     data = load_data(config, None, note)
     check_views(config.evaluate.views, data.shape)
-    outputs = outputs_of(config, len(data.classes))
+    task = task_of(config, data.shape, len(data.classes))
     loss = loss_of(config, data.train.labels, len(data.classes))
-    targets = torch.tensor([0, len(data.classes) - 1])
-    if any(each.kind == "mixing" for each in config.data.augment):
-        loss.build(torch.zeros(2, outputs), shares(targets, len(data.classes)))
-    loss.build(torch.zeros(2, outputs), targets)
-    step_size, micro_size = config.descent.sizes(len(data.train))
+    outputs, targets = task.example(2)
     mixing = next((each.name for each in config.data.augment if each.kind == "mixing"), None)
+    loss.build(outputs, shares(targets, len(data.classes)) if mixing else targets)
+    step_size, micro_size = config.descent.sizes(len(data.train))
     if mixing and micro_size == 1:
         raise ConfigError(f"data.augment: {mixing} mixes images of a batch, and here one goes through at a time")
     if step_size > len(data.train):
         text = f"{step_size} images in a batch, {len(data.train)} in the training set"
         raise ConfigError(f"descent.batch_size: {text}; lower it, or set descent.variant to batch")
     model = build_model(config, data.shape, len(data.classes))
+    task.check(shape_after(model, data.shape), data.train.labels)
     freeze(model, config.model.frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"{'model.frozen leaves' if config.model.frozen else 'the model has'} no parameter to train")
     sample = torch.rand(min(micro_size, TRIAL_IMAGES), *data.shape, generator=generator("sample"))
 
     def seconds(placement: Placement, mode: str = "off") -> float:
-        return compiling.seconds_of_a_step(model, loss, placement, sample, mode)
+        return compiling.seconds_of_a_step(model, loss, placement, sample, task.example(len(sample))[1], mode)
 
     asked = config.train
     placement = place(asked.device, asked.precision, asked.memory_format, model, recorded=recorded, seconds=seconds)
@@ -180,7 +182,7 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
     if wants_data(model):
         initialise_from_data(model, normalise(data.train.images[:INITIAL_IMAGES].to(placement.device)))
     return Setup(
-        config, data, model, optimizers, loss, outputs, placement, normalise, where == "resident", step_size, micro_size
+        config, data, model, optimizers, loss, task, placement, normalise, where == "resident", step_size, micro_size
     )
 
 
@@ -208,7 +210,7 @@ def _check_batchnorm(model: nn.Module, shape: tuple[int, ...], images: int) -> N
             lambda _, inputs, name=name: alone.append(name) if inputs[0][0, 0].numel() == 1 else None
         )
         for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
     ]
     device = next(model.parameters()).device
     model.eval()

@@ -20,7 +20,7 @@ import torch
 
 from dltrain.errors import CheckpointError, OtherFormatError
 
-FORMAT = 3
+FORMAT = 4
 MAX_HEADER = 32 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB
 
 _ZEROS = b"0" * 64

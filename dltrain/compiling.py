@@ -72,16 +72,17 @@ def seconds_of_a_step(
     loss: Callable[..., torch.Tensor],
     placement: Placement,
     images: torch.Tensor,
+    targets: torch.Tensor,
     mode: str = "off",
 ) -> float:
     """Median seconds of a forward and backward pass, of a copy of the model; torch's generators stay as they are.
 
-    images: float32 `[B, C, H, W]` on the CPU
+    images: float32 `[B, C, H, W]`; targets: any that the loss takes for them; both on the CPU
     """
     model = copy.deepcopy(model)
     placement.take(model)
     inputs = images.to(placement.device).contiguous(memory_format=placement.memory_format)
-    targets = torch.zeros(len(images), dtype=torch.int64, device=placement.device)
+    targets = targets.to(placement.device)
     forward = eager(model, loss, placement) if mode == "off" else compiled(model, loss, placement, mode, True)
     took: list[float] = []
     cuda = placement.device.type == "cuda"

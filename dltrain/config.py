@@ -102,7 +102,8 @@ class Data(_Shared):
 class Model(_Shared):
     """What maps images to outputs.
 
-    output: what turns outputs into probabilities: softmax over the classes, or one sigmoid for two classes
+    output: what turns outputs into probabilities: softmax over the classes, or one sigmoid for two classes; pixels of a
+        reconstruction are of a sigmoid too
     frozen: parameters that stay as they are initialised, by patterns of their names such as `0_conv.*`; a normalisation
         all of whose parameters are frozen keeps its running statistics too
     """
@@ -214,8 +215,8 @@ class Train(Settings):
         default where a compiled step is measured to be faster
     deterministic: only algorithms that give the same bits each time (on CUDA some are slower; a CPU always does)
     clip_norm: scale the gradient down to this 2-norm where it is larger
-    choose_by: which epoch's weights are kept as the best: by val_accuracy, val_loss, or the last; default: val_accuracy
-        where `data.val` holds images out, else last
+    choose_by: which epoch's weights are kept as the best: by val_accuracy (val_psnr of reconstruction), val_loss, or
+        the last; default: val_accuracy or val_psnr where `data.val` holds images out, else last
     patience_epochs: stop after this many epochs without a better one
     average: a running average of the weights, which is what is evaluated and kept
     log_every_steps: steps between two log lines
@@ -230,7 +231,7 @@ class Train(Settings):
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     deterministic: bool = False
     clip_norm: Positive | None = None
-    choose_by: Literal["val_accuracy", "val_loss", "last"] | None = None
+    choose_by: Literal["val_accuracy", "val_psnr", "val_loss", "last"] | None = None
     patience_epochs: PositiveInt | None = None
     average: Annotated[Component, Section("average")] | None = None
     log_every_steps: PositiveInt = 50
@@ -275,6 +276,8 @@ class TensorBoard(Settings):
     filters: the first layer's weights as pictures, after epochs 1, 2, 4, 8, … and at the end
     pr_curves: precision against recall of each class on the test split, at the end
     embedding: what enters the last linear layer for up to 1,000 test images, at the end
+    layers: norms of each parameter and its gradient, activations and dead units, after each epoch; metrics.jsonl has
+        them too
     """
 
     pictures: bool = True
@@ -283,6 +286,7 @@ class TensorBoard(Settings):
     filters: bool = True
     pr_curves: bool = True
     embedding: bool = False
+    layers: bool = False
 
 
 def multiplier(schedule: Component, epoch: float, epochs: float, losses: Sequence[float]) -> float:
@@ -306,6 +310,7 @@ class Config(Settings):
     seed: where all randomness comes from
     data: what to train on
     model: what maps images to outputs
+    task: what the model is to make of an image
     loss: what is minimised
     descent: how many images make one step
     optim: what a step makes of the gradient
@@ -320,6 +325,7 @@ class Config(Settings):
     seed: NonNegativeInt = 0
     data: Data
     model: Model
+    task: Annotated[Component, Section("task", default="classification")] = _default("task", "classification")
     loss: Annotated[Component, Section("loss", default="cross_entropy")] = _default("loss", "cross_entropy")
     descent: Descent = Descent()
     optim: Optim
@@ -330,8 +336,8 @@ class Config(Settings):
 
     @property
     def chosen_by(self) -> str:
-        """Which epoch's weights are kept: val_accuracy, val_loss or last."""
-        return self.train.choose_by or ("val_accuracy" if self.data.val else "last")
+        """Which epoch's weights are kept: val_accuracy (val_psnr), val_loss or last."""
+        return self.train.choose_by or (f"val_{self.task.entry.facts['score']}" if self.data.val else "last")
 
     def plain(self) -> dict[str, Any]:
         """The whole config with every default, as YAML and JSON have it."""
@@ -425,6 +431,7 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
     if config.data.balance and descent.variant == "batch":
         text = "draws some images more often than others, and batch descent takes each once: leave one of the two out"
         yield ("data", "balance"), f"data.balance: {text}"
+    yield from _task_disagreements(config)
     needs = "needs images to choose by: set data.val, e.g. to 0.1"
     if train.choose_by not in (None, "last") and not config.data.val:
         yield ("train", "choose_by"), f"train.choose_by: {needs}"
@@ -459,6 +466,29 @@ def _disagreements(config: Config) -> Iterator[tuple[Place, str]]:
             named = bool(colon) and key in schedule.args
             yield (*where, key) if named else where, f"{mistakes.key(where)}{'.' if named else ': '}{text}"
     yield from _closure_disagreements(config)
+
+
+def _task_disagreements(config: Config) -> Iterator[tuple[Place, str]]:
+    """What belongs to another task than the config's."""
+    task, loss, chosen = config.task, config.loss, config.train.choose_by
+    if task.name not in loss.entry.facts.get("tasks", ("classification",)):
+        fitting = [each.name for each in registry.entries("loss") if task.name in each.facts.get("tasks", ())]
+        known = f": set loss to {' or '.join(fitting)}" if fitting else ""
+        yield ("loss",), f"loss: {loss.name} is not of {task.name}{known}"
+    score = f"val_{task.entry.facts['score']}"
+    if chosen not in (None, "last", "val_loss", score):
+        text = f"expected {score}, val_loss or last of {task.name}, got {chosen}"
+        yield ("train", "choose_by"), f"train.choose_by: {text}"
+    if task.entry.facts["classifies"]:
+        return
+    text = f"needs an image to be of one class, and the task is {task.name}: leave it out"
+    for index, each in enumerate(config.data.augment):
+        if each.kind == "mixing":
+            yield ("data", "augment", index), f"data.augment.{index}: {each.name} {text}"
+    if config.data.balance:
+        yield ("data", "balance"), f"data.balance: {text}"
+    if config.evaluate.views:
+        yield ("evaluate", "views"), f"evaluate.views: {text}"
 
 
 def _optimizers(config: Config) -> Iterator[tuple[Component, Mapping[str, Any]]]:

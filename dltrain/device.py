@@ -37,9 +37,11 @@ class Placement:
     compile: str = "off"  # or default, max-autotune: how forward and backward pass are compiled
 
     def take(self, model: nn.Module) -> None:
-        """Moves a model here, its convolutions' weights in the memory format."""
+        """Moves a model here, the weights of its convolutions of images in the memory format."""
         model.to(self.device)
-        model.to(memory_format=self.memory_format)
+        for parameter in model.parameters():
+            if parameter.ndim == 4:  # torch's own model.to refuses those of conv3d
+                parameter.data = parameter.data.to(memory_format=self.memory_format)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:

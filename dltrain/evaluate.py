@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -13,9 +14,11 @@ from torch.nn import functional as F
 from dltrain.config import View
 from dltrain.data.batches import Normalise
 from dltrain.data.dataset import Split
+from dltrain.data.random import Random
 from dltrain.device import Placement
 from dltrain.errors import ConfigError
 from dltrain.registry import Component
+from dltrain.tasks import Task
 
 BATCH = 500  # images: large enough to keep a device busy, small enough to fit beside a training step
 
@@ -24,12 +27,15 @@ BATCH = 500  # images: large enough to keep a device busy, small enough to fit b
 class Evaluation:
     """What a model makes of a split.
 
-    outputs: float32 `[N, outputs]` as the model gives them, averaged over the views, on the CPU; labels: int64 `[N]`
+    figures: the task's score, and what else it says of a split each time
+    outputs: float32 `[N, …]` as the model gives them, averaged over the views, on the CPU; of a task that keeps some
+        alone, those of the first images
+    labels: as the split has them
     plain_accuracy: of the images as they are, where loss, accuracy and outputs are over views
     """
 
     loss: float
-    accuracy: float
+    figures: dict[str, float]
     outputs: torch.Tensor
     labels: torch.Tensor
     seconds: float
@@ -37,7 +43,7 @@ class Evaluation:
 
     def scores(self) -> dict[str, float]:
         plain = {} if self.plain_accuracy is None else {"plain_accuracy": self.plain_accuracy}
-        return {"loss": self.loss, "accuracy": self.accuracy, **plain}
+        return {"loss": self.loss, **self.figures, **plain}
 
 
 def evaluate(
@@ -46,6 +52,7 @@ def evaluate(
     normalise: Normalise,
     placement: Placement,
     loss: Component,
+    task: Task,
     views: Sequence[View] = (),
 ) -> Evaluation:
     """Runs the model over a split in evaluation mode, and puts it back in the mode it was in.
@@ -57,22 +64,31 @@ def evaluate(
     model.eval()
     outputs = torch.empty(0)
     labels = split.labels.to(placement.device)
-    plain_correct = torch.zeros((), dtype=torch.int64, device=placement.device)
+    keep = len(split) if task.kept is None else min(task.kept, len(split))
+    losses, scores, plain_scores = [], [], []
     with torch.inference_mode(), placement.autocast():
         for at, images in enumerate(split.images.split(BATCH)):
-            found, plain = over_views(model, images.to(placement.device), normalise, views)
-            if not at:  # one block: small results kept between large ones leave holes that nothing large fits in again
-                outputs = found.new_empty(len(split), found.shape[1])
-            outputs[at * BATCH : at * BATCH + len(found)] = found
+            images = images.to(placement.device)
+            targets = labels[at * BATCH :][: len(images)]
             if views:
-                plain_correct += (predicted(plain) == labels[at * BATCH :][: len(plain)]).sum()
-        mean_loss = loss(outputs, labels)
-        correct = (predicted(outputs) == labels).sum()
+                found, plain = over_views(model, images, normalise, views)
+                plain_scores.append(task.scores(plain, targets).sum())
+            else:
+                draw = partial(Random, "evaluation", at, seed=0, epoch=0, index=targets, device=placement.device)
+                inputs, targets = task.batch(images, targets, normalise, draw)
+                found = model(inputs).float()
+            if not at:  # one block: small results kept between large ones leave holes that nothing large fits in again
+                outputs = found.new_empty(keep, *found.shape[1:])
+            if at * BATCH < keep:
+                outputs[at * BATCH : at * BATCH + len(found)] = found[: keep - at * BATCH]
+            losses.append(loss(found, targets) * len(found))
+            scores.append(task.scores(found, targets).sum())
+        mean_loss, score = (torch.stack(sums).sum().item() / len(split) for sums in (losses, scores))  # waits
+    kept = outputs.cpu()
     model.train(training)
-    accuracy = correct.item() / len(labels)  # this waits for the device
-    plain_accuracy = plain_correct.item() / len(labels) if views else None
-    seconds = perf_counter() - start
-    return Evaluation(mean_loss.item(), accuracy, outputs.cpu(), split.labels, seconds, plain_accuracy)
+    plain_accuracy = torch.stack(plain_scores).sum().item() / len(split) if views else None
+    figures = {task.score: score, **task.also(kept, split.labels)}
+    return Evaluation(mean_loss, figures, kept, split.labels, perf_counter() - start, plain_accuracy)
 
 
 def over_views(
@@ -116,16 +132,3 @@ def check_views(views: Sequence[View], shape: Sequence[int]) -> None:
         if abs(down) >= height or abs(right) >= width:
             most = f"at most {height - 1} down or up and {width - 1} right or left of {height}x{width} images"
             raise ConfigError(f"evaluate.views.{number}.shift: expected {most}, got [{down}, {right}]")
-
-
-def predicted(outputs: torch.Tensor) -> torch.Tensor:
-    """The class that outputs `[B, K]`, or `[B, 1]` of a sigmoid, speak for: int64 `[B]`."""
-    return outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
-
-
-def probabilities(outputs: torch.Tensor) -> torch.Tensor:
-    """float32 `[B, classes]`: softmax of `[B, K]` outputs; of `[B, 1]`, the sigmoid and what is left to 1."""
-    if outputs.shape[1] > 1:
-        return outputs.softmax(1)
-    positive = outputs.sigmoid()
-    return torch.cat([1 - positive, positive], 1)

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dltrain.board import Board
+from dltrain.layerstats import layer_statistics
 from dltrain.rundir import RunFolder
 from dltrain.state import Run
-from dltrain.tables import percent, say, warn
+from dltrain.tables import say, score, warn
 
 
 class Log:
@@ -55,21 +56,24 @@ class Log:
         self.task = self.progress.add_task("", total=total, completed=run.global_step, scores="", rate="")
         return self.progress
 
-    def step(self, run: Run, **values: float) -> None:
-        """values: loss, accuracy, lr, gradient_norm, images_per_second since the last such line."""
+    def step(self, run: Run, scores: dict[str, float], **values: float) -> None:
+        """scores: loss and the task's score since the last such line; values: lr, gradient_norm, images_per_second."""
         epochs = run.setup.config.train.epochs
         at = run.progress
-        self.folder.append({"kind": "step", "step": run.global_step, "epoch": at.epoch + 1, **values})
+        self.folder.append({"kind": "step", "step": run.global_step, "epoch": at.epoch + 1, **scores, **values})
         if self.board:
-            self.board.step(values)
+            self.board.step(scores, values)
         if self.progress:
             self.progress.update(
                 self.task,
                 completed=run.global_step,
                 description=f"epoch {at.epoch + 1}/{epochs}",
-                scores=f"loss {values['loss']:.3f} acc {100 * values['accuracy']:.1f} %",
+                scores=f"loss {scores['loss']:.3f} {self._score(run, scores)}",
                 rate=f"{values['images_per_second']:,.0f} images/s",
             )
+
+    def _score(self, run: Run, scores: dict[str, float]) -> str:
+        return score(run.setup.task.score, scores[run.setup.task.score])
 
     def epoch(
         self,
@@ -95,17 +99,22 @@ class Log:
         self.folder.append(record)
         if self.board:
             self.board.epoch(val, example)
+        if run.setup.config.tensorboard.layers:
+            found = layer_statistics(run.setup)
+            self.folder.append({"kind": "layers", "step": run.global_step, "epoch": epoch, **found})
+            if self.board:
+                self.board.layers(found)
         if self.quiet:
             return
         parts = [
             f"epoch {epoch:>{len(str(epochs))}}/{epochs}",
-            f"train loss {train['loss']:.4f} {percent(train['accuracy']):>8}",
+            f"train loss {train['loss']:.4f} {self._score(run, train):>8}",
         ]
         if val:
-            parts += [f"val loss {val['loss']:.4f} {percent(val['accuracy']):>8}"]
+            parts += [f"val loss {val['loss']:.4f} {self._score(run, val):>8}"]
         parts += [f"{f'{seconds:.3g} s':>7}"]
         if run.setup.config.chosen_by != "last" and run.progress.best and run.progress.best.epoch == epoch:
             parts += ["best"]
         if self.console.is_terminal and self.console.width < 70:
-            parts = [f"{epoch}/{epochs}", f"loss {train['loss']:.3f}", percent((val or train)["accuracy"]), *parts[-1:]]
+            parts = [f"{epoch}/{epochs}", f"loss {train['loss']:.3f}", self._score(run, val or train), *parts[-1:]]
         self.note("  ".join(parts))

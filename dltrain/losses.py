@@ -5,6 +5,10 @@
 the classes, where images were mixed (also for `[B, 1]`: two columns, the second one what the sigmoid is to say).  A
 loss of margins has no meaning for a mixture and raises ValueError for one.
 
+Of reconstruction, `targets` is float32 `[B, C, H, W]`, pixels in 0..1, and `outputs` as many numbers an image, whose
+sigmoid is to be them.  Of transcription, `targets` is int64 `[B, L]`, with -1 after a line's end, and `outputs`
+`[B, classes + 1, T]`, the last of them for none.  A loss names the tasks that it is for where it is registered.
+
 Every loss is the mean over the batch's images of a term that depends on that image alone.  So the losses and gradients
 of micro-batches, weighted by their sizes, add up to those of the whole batch exactly.  For this, class weights multiply
 the terms and the sum is still divided by the number of images, not by the sum of the weights as torch's own mean does.
@@ -27,6 +31,7 @@ from dltrain.errors import ConfigError
 from dltrain.lazy import F, torch
 from dltrain.registry import BelowOne, NonNegative, Positive, register
 
+PIXELS = ("classification", "reconstruction")  # the tasks of losses that compare pixels too
 ClassWeights = list[Positive] | Literal["balanced"] | None
 
 
@@ -72,14 +77,21 @@ def nll(outputs: torch.Tensor, targets: torch.Tensor, *, class_weights: ClassWei
     return _mean(-_log_probabilities(outputs), targets, class_weights)
 
 
-@register("loss")
+@register("loss", tasks=PIXELS)
 def bce(outputs: torch.Tensor, targets: torch.Tensor, *, class_weights: ClassWeights = None) -> torch.Tensor:
     """Binary cross entropy between the sigmoid of one output and the true one of two classes.
+
+    Of reconstruction, between the sigmoid of each output and its pixel, as a mean over the pixels.
 
     class_weights: two weights, in the order of the labels, or balanced; an image counts by the weight of its class
 
     Raises ValueError where there is more than one output, or there are not two weights.
     """
+    if targets.ndim == 4:
+        if class_weights is not None:
+            raise ValueError("class_weights: pixels have no class: leave it out")
+        outputs = _at_least_float32(outputs).view_as(targets)
+        return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
     if outputs.shape[1] != 1:
         raise ValueError(
             f"needs one output for two classes, got {outputs.shape[1]} outputs: "
@@ -155,17 +167,18 @@ def poly1(
     return _mean(-log_probabilities - epsilon * log_probabilities.expm1(), shares, class_weights)
 
 
-@register("loss")
+@register("loss", tasks=PIXELS)
 def mse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean squared error between the outputs and one-hot targets: per image, the mean over the classes.
 
     The outputs are compared as they are, before any softmax.  A single output `[B, 1]` passes its sigmoid first and is
-    compared with 0 or 1: regressed as it is it would decide at 0.5, where the sigmoid decides at 0.
+    compared with 0 or 1: regressed as it is it would decide at 0.5, where the sigmoid decides at 0.  Pixels of a
+    reconstruction are compared with sigmoids likewise.
     """
     return F.mse_loss(*_regressed(outputs, targets))
 
 
-@register("loss")
+@register("loss", tasks=PIXELS)
 def huber(outputs: torch.Tensor, targets: torch.Tensor, *, delta: Positive = 1.0) -> torch.Tensor:
     """Half the squared error up to `delta`, straight beyond, between outputs and one-hot targets as in mse.
 
@@ -176,7 +189,7 @@ def huber(outputs: torch.Tensor, targets: torch.Tensor, *, delta: Positive = 1.0
     return F.huber_loss(*_regressed(outputs, targets), delta=delta)
 
 
-@register("loss")
+@register("loss", tasks=PIXELS)
 def smooth_l1(outputs: torch.Tensor, targets: torch.Tensor, *, beta: NonNegative = 1.0) -> torch.Tensor:
     """Absolute error with its corner rounded up to `beta`, between outputs and one-hot targets as in mse.
 
@@ -238,6 +251,26 @@ def hinge(
     outputs = _of_both_classes(outputs)
     terms = (margin - _lead(outputs, targets)).clamp(min=0) ** p  # [B, 1]
     return _mean(terms.expand_as(outputs), targets, class_weights)
+
+
+@register("loss", tasks=("transcription",))
+def ctc(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Connectionist temporal classification: how improbable a line is, in whichever places its symbols stand.
+
+    The negative logarithm of the sum, over all ways to place the symbols with blanks between them, of their
+    probability, divided by the number of symbols (Graves et al. 2006; torch's ctc_loss).
+    """
+    log_probabilities = F.log_softmax(_at_least_float32(outputs), 1).permute(2, 0, 1)  # [T, B, classes + 1]
+    places, lines, numbers = log_probabilities.shape
+    lengths = (targets >= 0).sum(1)
+    found: torch.Tensor = F.ctc_loss(
+        log_probabilities,
+        targets.clamp(min=0),
+        torch.full((lines,), places, device=targets.device),
+        lengths,
+        blank=numbers - 1,
+    )
+    return found
 
 
 @register("loss")
@@ -322,8 +355,13 @@ def _kept(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -
 
 
 def _regressed(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a regression compares: outputs and one-hot targets `[B, K]`, or a sigmoid and the second class's `[B]`."""
+    """What a regression compares: outputs and one-hot targets `[B, K]`, or a sigmoid and the second class's `[B]`.
+
+    Of reconstruction, sigmoids and pixels `[B, C, H, W]`.
+    """
     outputs = _at_least_float32(outputs)
+    if targets.ndim == 4:
+        return outputs.view_as(targets).sigmoid(), targets.to(outputs.dtype)
     if outputs.shape[1] > 1:
         return outputs, _shares(targets, outputs)
     return torch.sigmoid(outputs[:, 0]), _second(targets).to(outputs.dtype)

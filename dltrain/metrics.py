@@ -64,16 +64,16 @@ def per_class(confusion: torch.Tensor) -> list[dict[str, float | None]]:
     counts = zip(confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
     return [
         {
-            "precision": _ratio(hits, predicted),
-            "recall": _ratio(hits, true),
-            "type_1_error": _ratio(predicted - hits, images - true),
-            "type_2_error": _ratio(true - hits, true),
+            "precision": ratio(hits, predicted),
+            "recall": ratio(hits, true),
+            "type_1_error": ratio(predicted - hits, images - true),
+            "type_2_error": ratio(true - hits, true),
         }
         for hits, true, predicted in counts
     ]
 
 
-def _ratio(part: int, whole: int) -> float | None:
+def ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
@@ -94,3 +94,13 @@ def worst_mistakes(probabilities: torch.Tensor, labels: torch.Tensor, n: int) ->
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != labels).nonzero()[:, 0]
     return wrong[confidence[wrong].argsort(descending=True, stable=True)][:n]
+
+
+def edit_distance(one: Sequence[int], other: Sequence[int]) -> int:
+    """The fewest insertions, deletions and substitutions that make one sequence the other (Levenshtein 1966)."""
+    row = list(range(len(other) + 1))
+    for i, symbol in enumerate(one, 1):
+        before, row[0] = row[0], i
+        for j, wanted in enumerate(other, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (symbol != wanted))
+    return row[-1]

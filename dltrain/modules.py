@@ -61,6 +61,13 @@ class Flatten(nn.Flatten):
         return super().forward(x)
 
 
+class Rows(nn.Module):
+    """[B, C, H, W] -> [B, C*W, H]: the rows of an image one after another, their pixels as channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(2, 3).flatten(1, 2)
+
+
 class Residual(nn.Module):
     """path(x) + shortcut(x), for x of any shape that both take to the same one."""
 
@@ -162,10 +169,10 @@ class Scale(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels at each pixel: [B, C, H, W] -> the same."""
+    """Layer normalisation over the channels at each place: [B, C, …] -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class RadialBasis(nn.Module):

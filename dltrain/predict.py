@@ -15,8 +15,9 @@ import torch
 
 from dltrain.data.listing import EXTENSIONS, all_below
 from dltrain.data.pictures import Fit, Unreadable, decode, fitted, in_parallel, read
-from dltrain.errors import CheckpointError, DataError
-from dltrain.evaluate import BATCH, over_views, predicted, probabilities
+from dltrain.errors import CheckpointError, ConfigError, DataError
+from dltrain.evaluate import BATCH, over_views
+from dltrain.tasks import predicted, probabilities
 from dltrain.text import shortened, shown
 from dltrain.trained import Trained
 
@@ -75,10 +76,12 @@ def predict(
     fit: how a file of another shape becomes that size; None: as the model's own image folder did it, else crop
     invert: take dark for light, as in a scan of the digits that MNIST has in white on black
 
-    Raises DataError where none can be read, CheckpointError where the model's images are neither gray nor in colour or
-    its outputs are not finite.
+    Raises ConfigError where the model names no classes, DataError where no file can be read, CheckpointError where the
+    model's images are neither gray nor in colour or its outputs are not finite.
     """
     shape = trained.shape
+    if not trained.task.classifies:
+        raise ConfigError(f"{trained.path}: predict names classes, and this model's task is {trained.config.task.name}")
     if shape[0] not in (1, 3):
         raise CheckpointError(f"{trained.path}: takes images of {shape[0]} channels, and a file gives 1 or 3")
     fit = fit or trained.config.data.source.args.get("fit", "crop")

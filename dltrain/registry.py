@@ -48,6 +48,7 @@ KINDS = {
     "activation": "activations: `(shape, outputs) -> nn.Module`",
     "init": "initialisations: `(weight) -> None`, in place",
     "data_init": "initialisations from data: `(layer, inputs) -> None`, in place",
+    "task": "tasks: `(shape, classes, output) -> Task`",
     "loss": "losses: `(outputs, targets) -> scalar`",
     "optim": "optimizers: `(params) -> torch.optim.Optimizer`",
     "schedule": "schedules: `(epoch, epochs) -> multiplier of the learning rate`",

@@ -16,7 +16,7 @@ from dltrain.build import Setup, build
 from dltrain.config import Config
 from dltrain.device import environment
 from dltrain.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutputError, names_memory
-from dltrain.evaluate import Evaluation, evaluate
+from dltrain.evaluate import Evaluation
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
 from dltrain.state import Run, Tensors
@@ -24,7 +24,10 @@ from dltrain.tables import warn
 from dltrain.train import go_on, is_over, train
 
 # what a position in a run, the images held out of it and the best so far depend on; but for the latter
-FIXED = ("seed:", "data.", "model.", "descent.", "loss.", "optim.lookahead", "train.average", "train.choose_by:")
+FIXED = (
+    *("seed:", "data.", "model.", "task.", "descent.", "loss."),
+    *("optim.lookahead", "train.average", "train.choose_by:"),
+)
 FREE = ("data.root:", "data.verify:", "data.augment:", "data.resident:", "descent.micro_batch_size:")
 
 Saved = tuple[Path, Tensors, dict[str, Any]]
@@ -148,13 +151,16 @@ def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
             train(run, folder, log)
         return _finish(run, folder, log)
     except DivergedError as error:
+        folder.append({"kind": "failed", "step": run.global_step, "error": str(error)})
         raise DivergedError(f"{error}; then: {go_on(run, folder)} --set optim.lr=…") from None
     except OutputError as error:
         raise OutputError(f"{error}; once it can be written: {go_on(run, folder)}") from error
     except (MemoryError, RuntimeError) as error:
         if not names_memory(error):
             raise
-        raise _out_of_memory(run, folder) from error
+        mended = _out_of_memory(run, folder)
+        folder.append({"kind": "failed", "step": run.global_step, "error": str(mended)})
+        raise mended from error
     finally:
         log.close()
 
@@ -170,9 +176,7 @@ def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     if best:
         checkpoint.load_weights(setup.model, best.weights)
     scores = {
-        name: evaluate(
-            setup.model, split, setup.normalise, setup.placement, setup.loss, [] if name == "train" else settings.views
-        )
+        name: setup.evaluate(split, [] if name == "train" else settings.views)
         for name, split in setup.data.splits.items()
         if name != "train" or settings.train
     }
@@ -189,6 +193,7 @@ def describe(setup: Setup) -> list[str]:
     held_out = f", {len(data.val):,} held out (val)" if data.val else ""
     parameters = sum(parameter.numel() for parameter in setup.model.parameters())
     return [
+        *([] if config.task.entry.facts["classifies"] else [f"task: {config.task.name}"]),
         f"data: {config.data.source.name}, {len(data.train):,} training images{held_out}, {len(data.test):,} test,"
         f" {channels}x{height}x{width}, {len(data.classes)} classes",
         f"model: {config.model.source.name}, {parameters:,} parameters; {setup.step_size:,} images a step, "

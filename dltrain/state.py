@@ -39,7 +39,7 @@ class Progress:
     seconds: float = 0.0  # spent in training steps
     epoch_seconds: float = 0.0  # of these, in this epoch
     loss_sum: float = 0.0  # over this epoch's images, read at the last log line
-    correct: float = 0.0
+    score_sum: float = 0.0
     seen: int = 0  # this epoch's images at the last log line
     logged_seconds: float = 0.0  # epoch_seconds at the last log line
     losses: list[float] = field(default_factory=list)  # of each complete epoch: val's, or training's without val
@@ -51,7 +51,7 @@ class Run:
     """A run: its parts, where it stands, and the sums of its epoch so far."""
 
     setup: Setup
-    sums: torch.Tensor  # float64 [2] on the CPU: loss and correct predictions summed over this epoch's images
+    sums: torch.Tensor  # float64 [2] on the CPU: loss and the task's score summed over this epoch's images
     average: Tensors | None = None  # running average of the model's state, where train.average asks for one
     slow: Tensors | None = None  # parameters at the last look back, where optim.lookahead asks for it
     progress: Progress = field(default_factory=Progress)

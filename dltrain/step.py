@@ -9,9 +9,8 @@ import torch
 
 from dltrain.averaging import Followers
 from dltrain.build import Setup
-from dltrain.data.batches import Batches, labels_of
+from dltrain.data.batches import Batches
 from dltrain.errors import DivergedError
-from dltrain.evaluate import predicted
 from dltrain.optimizers import ascend, descend
 from dltrain.spans import each, span
 from dltrain.state import Run
@@ -20,7 +19,7 @@ UNREAD = 1 << 20  # numbers that wait on the device to be counted: 4 MiB
 
 Outputs = list[
     tuple[torch.Tensor, torch.Tensor]
-]  # of the micro-batches: outputs [B, K], targets as `Batches` gives them
+]  # of the micro-batches: outputs [B, …], targets as `Batches` gives them
 
 
 class Steps:
@@ -60,14 +59,16 @@ class Steps:
         if not self._unread:
             return self._norm
         losses, norms = torch.stack([torch.stack(pair) for *pair, _ in self._unread]).T.tolist()
-        loss_sum, correct = self.run.sums.tolist()
+        loss_sum, score_sum = self.run.sums.tolist()
         first = self.run.global_step - len(losses) + 1
         for step, (loss, norm, (_, _, images)) in enumerate(zip(losses, norms, self._unread, strict=True), first):
             _check_finite(self.run, step, loss, norm)
             loss_sum += loss * images  # one after another: to the same bits however often it is read
         outputs, targets = zip(*self._outputs, strict=True)
-        right = predicted(torch.cat(outputs)) == labels_of(torch.cat(targets))
-        self.run.sums[0], self.run.sums[1] = loss_sum, correct + right.sum().item()
+        scores = self.run.setup.task.scores(torch.cat(outputs), torch.cat(targets))
+        # numbers that are not whole one after another too: to the same bits however often they are read
+        score_sum = score_sum + scores.sum().item() if scores.dtype == torch.bool else sum(scores.tolist(), score_sum)
+        self.run.sums[0], self.run.sums[1] = loss_sum, score_sum
         self._unread.clear()
         self._outputs.clear()
         self._norm = norms[-1]

@@ -15,7 +15,6 @@ import torch
 
 from dltrain.averaging import evaluation_weights, training_mode
 from dltrain.errors import Stopped
-from dltrain.evaluate import evaluate
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
 from dltrain.state import Best, Run
@@ -29,7 +28,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     after saving, on SIGINT or SIGTERM.
     """
     setup, config, at, settings = run.setup, run.setup.config, run.progress, run.setup.config.train
-    model, steps = setup.model, Steps(run)
+    model, steps, score = setup.model, Steps(run), setup.task.score
     batches = steps.batches
     saved = monotonic()
     if config.chosen_by == "last":
@@ -58,39 +57,39 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
 
                 if run.global_step % settings.log_every_steps == 0 or epoch_ends:
                     norm = steps.read()  # the only place that waits for the device
-                    loss_sum, correct = run.sums.tolist()
+                    loss_sum, score_sum = run.sums.tolist()
                     at.epoch_seconds += clock.lap()
                     seen = batches.images_before(at.step)
+                    since = seen - at.seen
                     log.step(
                         run,
-                        loss=(loss_sum - at.loss_sum) / (seen - at.seen),
-                        accuracy=(correct - at.correct) / (seen - at.seen),
+                        {"loss": (loss_sum - at.loss_sum) / since, score: (score_sum - at.score_sum) / since},
                         lr=setup.optimizers.lr,
                         gradient_norm=norm,
-                        images_per_second=(seen - at.seen) / (at.epoch_seconds - at.logged_seconds),
+                        images_per_second=since / (at.epoch_seconds - at.logged_seconds),
                     )
-                    at.loss_sum, at.correct, at.seen, at.logged_seconds = loss_sum, correct, seen, at.epoch_seconds
+                    at.loss_sum, at.score_sum, at.seen, at.logged_seconds = loss_sum, score_sum, seen, at.epoch_seconds
                 due = settings.checkpoint_every_steps and run.global_step % settings.checkpoint_every_steps == 0
                 if not epoch_ends:  # else after the epoch's evaluation, so that its record is never written twice
                     at.epoch_seconds += clock.lap()
                     save_where(due)
                     clock.lap()
 
-            trained = {"loss": at.loss_sum / at.seen, "accuracy": at.correct / at.seen}
+            trained = {"loss": at.loss_sum / at.seen, score: at.score_sum / at.seen}
             at.epoch, at.step, at.seconds = at.epoch + 1, 0, at.seconds + at.epoch_seconds
             scores = None
             if setup.data.val is not None:
                 with evaluation_weights(run, batches):
-                    scores = evaluate(model, setup.data.val, setup.normalise, setup.placement, setup.loss).scores()
+                    scores = setup.evaluate(setup.data.val).scores()
                     if not math.isfinite(scores["loss"]):
                         raise diverged(run, run.global_step, f"the val loss is {scores['loss']}")
                     if config.chosen_by != "last":
-                        value = scores["accuracy"] if config.chosen_by == "val_accuracy" else -scores["loss"]
+                        value = -scores["loss"] if config.chosen_by == "val_loss" else scores[score]
                         if at.best is None or value > at.best.value:
                             at.best = Best(value, at.epoch, run.global_step, _weights(model))
             at.losses.append(scores["loss"] if scores else trained["loss"])
             log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
-            at.loss_sum, at.correct, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
+            at.loss_sum, at.score_sum, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
             run.sums.zero_()
             save_where(due or (is_over(run) and config.chosen_by != "last"))
         if config.chosen_by == "last":

@@ -15,15 +15,15 @@ from torch import nn
 
 from dltrain import checkpoint, rundir
 from dltrain import config as configs
-from dltrain.build import build_model, load_data, loss_of, outputs_of
+from dltrain.build import build_model, load_data, loss_of, task_of
 from dltrain.config import Config
 from dltrain.data.batches import Normalise
 from dltrain.data.prepare import Normalisation
 from dltrain.device import Placement, place
 from dltrain.errors import CheckpointError, ConfigError
-from dltrain.evaluate import Evaluation, check_views, evaluate, predicted, probabilities
-from dltrain.metrics import classification
+from dltrain.evaluate import Evaluation, check_views, evaluate
 from dltrain.registry import NonNegativeInt, Positive, PositiveInt
+from dltrain.tasks import Task, predicted, probabilities
 
 
 class _Pixels(BaseModel):
@@ -67,13 +67,14 @@ class Trained:
     path: Path
     config: Config
     model: nn.Module
+    task: Task
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     normalise: Normalise
     placement: Placement
     files: dict[str, str]  # the data it was trained on: name -> digest
     step: int
-    chosen_by: str  # what named this step: val_accuracy, val_loss or last
+    chosen_by: str  # what named this step: val_accuracy, val_psnr, val_loss or last
 
 
 def _read(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
@@ -116,7 +117,8 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
         with torch.device("meta"):  # no memory is taken until the shapes are known to be the file's
             model = build_model(config, (channels, height, width), len(classes))
         loss = loss_of(config, torch.arange(len(classes)), len(classes))  # balanced weights need data: here, all one
-        loss.build(torch.zeros(2, outputs_of(config, len(classes))), torch.zeros(2, dtype=torch.int64))
+        task = task_of(config, (channels, height, width), len(classes))
+        loss.build(*task.example(2))
     except (ConfigError, RuntimeError, TypeError, ValueError) as error:  # torch's, for sizes that overflow
         raise CheckpointError(f"{path}: its config builds no model: {str(error).splitlines()[0]}") from None
     checkpoint.check_fit(path, model, weights)
@@ -127,7 +129,8 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
     normalise = Normalise(normalisation, placement.device, placement.memory_format)
     shape = (channels, height, width)
     chosen_by = "last" if "progress" in found else config.chosen_by  # a step's file is whatever was last saved
-    return Trained(path, config, model, classes, shape, normalise, placement, meta.data.files, meta.step, chosen_by)
+    files = meta.data.files
+    return Trained(path, config, model, task, classes, shape, normalise, placement, files, meta.step, chosen_by)
 
 
 def judge(
@@ -145,8 +148,9 @@ def judge(
         note("the data files are not the ones that this model was trained on: their digests differ")
     loss = loss_of(trained.config, data.train.labels, len(data.classes))
     views = trained.config.evaluate.views
-    evaluation = evaluate(trained.model, data.split(split), trained.normalise, trained.placement, loss, views)
-    scores = classification(probabilities(evaluation.outputs), evaluation.labels, trained.classes)
+    asked = data.split(split)
+    evaluation = evaluate(trained.model, asked, trained.normalise, trained.placement, loss, trained.task, views)
+    scores = trained.task.report(evaluation.outputs, evaluation.labels, trained.classes)
     return {
         "checkpoint": str(trained.path),
         "step": trained.step,
@@ -155,15 +159,21 @@ def judge(
         "split": split,
         "chosen_by": trained.chosen_by,
         **{key: trained.placement.why[key] for key in ("device", "precision")},
-        **({"views": len(views), "plain_accuracy": evaluation.plain_accuracy} if views else {}),
-        "loss": evaluation.loss,
+        **({"views": len(views)} if views else {}),
+        "task": trained.config.task.name,
+        **evaluation.scores(),
         "images_per_second": round(len(evaluation.labels) / evaluation.seconds, 1),
         **scores,
     }, evaluation
 
 
 def predictions_csv(trained: Trained, found: Evaluation) -> str:
-    """A row an image, in the split's order: index, true and predicted class, whether right, the probabilities."""
+    """A row an image, in the split's order: index, true and predicted class, whether right, the probabilities.
+
+    Raises ConfigError where the model names no classes.
+    """
+    if not trained.task.classifies:
+        raise ConfigError(f"--out lists classes of images, and this model's task is {trained.config.task.name}")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["index", "true", "predicted", "correct", *(f"p_{name}" for name in trained.classes)])

@@ -14,11 +14,12 @@ from torch import nn
 import dltrain.components  # noqa: F401  registers losses and augmentations
 from dltrain import registry
 from dltrain.config import Descent
-from dltrain.data.batches import Batches, Normalise, labels_of, shares
+from dltrain.data.batches import Batches, Normalise
 from dltrain.data.dataset import Split
 from dltrain.data.prepare import Normalisation, measure_normalisation
 from dltrain.data.random import Random
 from dltrain.registry import Item, Section
+from dltrain.tasks import Classification, labels_of, shares
 
 CPU = torch.device("cpu")
 AS_THEY_ARE = Normalise(Normalisation([0.0], [1 / 255]), CPU, torch.contiguous_format)  # pixels 0..255 as floats
@@ -53,6 +54,7 @@ def batches(
     return Batches(
         split,
         normalise or AS_THEY_ARE,
+        task=Classification((1, 1, 1), 10, "softmax"),
         seed=seed,
         step_size=step_size,
         micro_size=micro_size or step_size,
@@ -306,7 +308,8 @@ def test_channels_last_is_another_layout_of_the_same_numbers():
 # every registered loss with a number of outputs that it takes, and what makes its terms weigh otherwise
 LOSSES = [
     pytest.param({"name": name}, outputs, id=f"{name}-{outputs}")
-    for name in registry.names("loss")
+    for name, facts in ((entry.name, entry.facts) for entry in registry.entries("loss"))
+    if "classification" in facts.get("tasks", ["classification"])
     for outputs in {"bce": [1], "hinge": [1], "mse": [1, 3], "perceptron": [1, 3]}.get(name, [3])
 ] + [
     pytest.param({"name": "cross_entropy", "class_weights": [0.2, 1.0, 3.0]}, 3, id="weighted"),

@@ -25,7 +25,6 @@ from dltrain import config as configs
 from dltrain.board import Board
 from dltrain.build import build
 from dltrain.data.dataset import Split
-from dltrain.evaluate import evaluate
 from dltrain.registry import Item, entries, find
 from dltrain.state import Run
 from dltrain.yamlfile import parse
@@ -147,8 +146,7 @@ class Shown:
 
     def at_the_end(self) -> EventAccumulator:
         setup = self.run.setup
-        parts = (setup.normalise, setup.placement, setup.loss)
-        scores = {name: evaluate(setup.model, split, *parts) for name, split in setup.data.splits.items()}
+        scores = {name: setup.evaluate(split) for name, split in setup.data.splits.items()}
         self.outputs = scores["test"].outputs
         self.board.end(scores, self.run.global_step)
         return self.read()
@@ -351,7 +349,7 @@ def test_a_model_without_linear_layers_has_no_embedding_and_all_else(tmp_path: P
     shown = Shown(tmp_path, plain(DIGITS, f"model={{name: cnn, layers: {layers}}}", every))
     shown.after_epoch()
     events = shown.at_the_end()
-    assert shown.notes == ["TensorBoard shows no embedding: the model has no linear layer"]
+    assert shown.notes == ["TensorBoard shows no embedding: the model has no linear layer, or images have no class"]
     assert "_hparams_/session_end_info" in events.summary_metadata
     assert "weights/0_conv.weight" in events.Tags()["histograms"]
     assert not [tag for tag in events.Tags()["histograms"] if tag.startswith("gradients")]  # no step was taken

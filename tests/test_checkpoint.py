@@ -132,7 +132,7 @@ def test_what_is_written_is_read_back(tmp_path):
     for name, tensor in TENSORS.items():
         assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(*(each.flatten().view(torch.uint8) for each in (tensors[name], tensor))), name
-    assert meta.pop("format") == 3
+    assert meta.pop("format") == 4
     assert re.fullmatch(r"[0-9a-f]{64}", meta.pop("sha256"))
     assert meta == META
 
@@ -193,7 +193,7 @@ def signed(header: bytes, data: bytes = b"") -> bytes:
 
 def forged(tensors: Any, data: bytes = b"", text: str | None = None) -> bytes:
     """A checkpoint whose header and metadata are what somebody wants them to be."""
-    meta = json.dumps({"sha256": "0" * 64, "format": 3}, separators=(",", ":")) if text is None else text
+    meta = json.dumps({"sha256": "0" * 64, "format": 4}, separators=(",", ":")) if text is None else text
     return signed(json.dumps({"__metadata__": {"dltrain": meta}, **tensors}).encode(), data)
 
 
@@ -258,7 +258,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, content, message
 @pytest.mark.parametrize("version", [0, 1, 2, 10])
 def test_another_format_names_the_version(tmp_path, version):
     text = "{" + DIGEST + f',"format":{version}' + "}"
-    with pytest.raises(CheckpointError, match=rf"format {version}; this dltrain reads format 3: use the dltrain that"):
+    with pytest.raises(CheckpointError, match=rf"format {version}; this dltrain reads format 4: use the dltrain that"):
         checkpoint.read(write(tmp_path / "x", forged({}, text=text)))
 
 
@@ -524,8 +524,8 @@ def test_a_file_alone_gives_the_model_back(run, tmp_path, kind):
     content = run.encode() if kind == "step" else run.encode_weights(setup.model.state_dict(), 6)
     path = write(tmp_path / "moved.safetensors", content)
     model = trained.load(path, "cpu", print)
-    expected = evaluate(setup.model, setup.data.test, setup.normalise, setup.placement, setup.loss)
-    found = evaluate(model.model, setup.data.test, model.normalise, model.placement, model.config.loss)
+    expected = setup.evaluate(setup.data.test)
+    found = evaluate(model.model, setup.data.test, model.normalise, model.placement, model.config.loss, model.task)
     assert torch.equal(found.outputs, expected.outputs)
     assert found.scores() == expected.scores()
     assert (model.classes, model.shape, model.step) == (setup.data.classes, (1, 8, 8), 6)
@@ -794,8 +794,8 @@ def test_the_pages_code_finds_damage(tmp_path, read_checkpoint):
         damaged[position] ^= 1
         with pytest.raises((ValueError, KeyError)):
             read_checkpoint(write(tmp_path / "x", damaged))
-    with pytest.raises(ValueError, match=r"format 4"):
-        read_checkpoint(write(tmp_path / "x", forged({}, text="{" + DIGEST + ',"format":4}')))
+    with pytest.raises(ValueError, match=r"format 5"):
+        read_checkpoint(write(tmp_path / "x", forged({}, text="{" + DIGEST + ',"format":5}')))
 
 
 def table(heading: str) -> dict[str, str]:
@@ -838,5 +838,5 @@ def test_a_model_computes_what_the_page_says(run, saved, read_checkpoint):
     (mean,), (std,) = meta["normalisation"]["mean"], meta["normalisation"]["std"]
     x = ((pixels / 255 - mean) / std).reshape(len(pixels), -1)
     outputs = x @ tensors["model.1.weight"].T + tensors["model.1.bias"]
-    expected = evaluate(setup.model, setup.data.test, setup.normalise, setup.placement, setup.loss)
+    expected = setup.evaluate(setup.data.test)
     torch.testing.assert_close(torch.from_numpy(outputs).float(), expected.outputs, rtol=1e-4, atol=1e-5)

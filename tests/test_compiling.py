@@ -41,7 +41,10 @@ def test_timing_a_step_changes_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     images, random = torch.rand(5, 1, 8, 8), torch.get_rng_state()
-    assert seconds_of_a_step(model, nn.functional.cross_entropy, CPU, images) > 0
+    assert (
+        seconds_of_a_step(model, nn.functional.cross_entropy, CPU, images, torch.zeros(len(images), dtype=torch.int64))
+        > 0
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)

@@ -517,6 +517,8 @@ def whole_config(entry: Entry) -> tuple[dict[str, Any], list[str | int], Any]:
     named = {"name": entry.name, **arguments}
     if entry.facts.get("closure"):
         whole["descent"] = {"variant": "batch"}
+    if entry.kind == "loss":
+        whole["task"] = entry.facts.get("tasks", ("classification",))[0]
     match entry.kind:
         case "augmentation" | "mixing":
             whole["data"]["augment"] = [item, "flip"]
@@ -527,6 +529,9 @@ def whole_config(entry: Entry) -> tuple[dict[str, Any], list[str | int], Any]:
         case "init" | "data_init":
             whole["model"] = {"name": "cnn", "layers": [{"conv": {**CONV, "init": item}}]}
             return whole, ["model", "layers", 0, "conv", "init"], item
+        case "task":
+            losses = [each.name for each in registry.entries("loss") if entry.name in each.facts.get("tasks", ())]
+            whole["loss"] = losses[0]
         case "feedback":
             whole["schedule"] = named
             return whole, ["schedule"], named

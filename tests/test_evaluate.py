@@ -25,10 +25,12 @@ from dltrain.data.dataset import Split
 from dltrain.data.prepare import Normalisation, measure_normalisation
 from dltrain.device import Placement
 from dltrain.errors import ConfigError
-from dltrain.evaluate import Evaluation, check_views, evaluate, predicted, probabilities, view_of
+from dltrain.evaluate import Evaluation, check_views, evaluate, view_of
 from dltrain.registry import Section
+from dltrain.tasks import Classification, predicted, probabilities
 
 CPU = torch.device("cpu")
+TASK = Classification((1, 1, 2), 2, "softmax")
 
 
 def run(
@@ -40,7 +42,7 @@ def run(
 ) -> Evaluation:
     placement = Placement(CPU, dtype, torch.contiguous_format, {})
     normalise = Normalise(Normalisation([0.0], [1.0]), CPU, torch.contiguous_format)  # pixels 0..1
-    return evaluate(model, split, normalise, placement, Section("loss").read(loss), views)
+    return evaluate(model, split, normalise, placement, Section("loss").read(loss), TASK, views)
 
 
 def split(images: list[list[int]], labels: list[int]) -> Split:
@@ -59,7 +61,7 @@ def test_loss_and_accuracy_by_hand():
     model = linear([[math.log(3), 0.0], [0.0, math.log(3)]])
     found = run(model, split([[255, 0], [0, 255], [255, 0], [255, 255]], [0, 1, 1, 0]))
     assert found.loss == pytest.approx((2 * math.log(4 / 3) + math.log(4) + math.log(2)) / 4)
-    assert found.accuracy == 0.75
+    assert found.figures["accuracy"] == 0.75
     expected = math.log(3) * torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 1]])
     torch.testing.assert_close(found.outputs, expected)
     assert found.labels.tolist() == [0, 1, 1, 0]
@@ -73,14 +75,14 @@ def test_one_output_of_a_sigmoid_by_hand():
     found = run(model, split([[255, 255], [0, 255], [0, 255], [0, 0]], [1, 0, 1, 0]), "bce")
     # probabilities of class 1: 3/4, 1/4, 1/4, 1/2; the last is no class 1 yet
     assert found.loss == pytest.approx((math.log(4 / 3) * 2 + math.log(4) + math.log(2)) / 4)
-    assert found.accuracy == 0.75
+    assert found.figures["accuracy"] == 0.75
     assert found.outputs.shape == (4, 1)
 
 
 @pytest.mark.parametrize("right", [0, 1, 2, 3])
 def test_accuracy_is_the_share_to_the_last_digit(right):
     model = linear([[1.0], [0.0]])
-    assert run(model, split([[255]] * 3, [0] * right + [1] * (3 - right))).accuracy == right / 3
+    assert run(model, split([[255]] * 3, [0] * right + [1] * (3 - right))).figures["accuracy"] == right / 3
 
 
 def noise(count: int) -> Split:
@@ -98,7 +100,7 @@ def test_ragged_batches_are_one_batch(monkeypatch, size, loss):
     whole = run(model, noise(23), loss)
     monkeypatch.setattr(evaluation, "BATCH", size)
     parts = run(model, noise(23), loss)
-    assert parts.accuracy == whole.accuracy
+    assert parts.figures["accuracy"] == whole.figures["accuracy"]
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     torch.testing.assert_close(parts.outputs, whole.outputs)
     assert torch.equal(parts.labels, noise(23).labels)
@@ -132,7 +134,7 @@ def test_images_are_normalised():
     measured = measure_normalisation(images.images)
     normalise = Normalise(measured, CPU, torch.channels_last)
     placement = Placement(CPU, torch.float32, torch.channels_last, {})
-    evaluate(Watch(), images, normalise, placement, Section("loss").read("cross_entropy"))
+    evaluate(Watch(), images, normalise, placement, Section("loss").read("cross_entropy"), TASK)
     assert torch.equal(torch.cat(seen), normalise(images.images))
 
 
@@ -244,19 +246,19 @@ def test_scores_over_views_by_hand():
     torch.testing.assert_close(found.outputs, expected)
     # a difference of ln 3 between the logits: probabilities 3/4 and 1/4
     assert found.loss == pytest.approx((math.log(4 / 3) + math.log(4) + math.log(2)) / 3)
-    assert (found.accuracy, found.plain_accuracy) == (2 / 3, 2 / 3)
+    assert (found.figures["accuracy"], found.plain_accuracy) == (2 / 3, 2 / 3)
     assert found.scores() == {"loss": found.loss, "accuracy": 2 / 3, "plain_accuracy": 2 / 3}
     mirrored = run(model, images, views=[view(mirror=True)])
-    assert (mirrored.accuracy, mirrored.plain_accuracy) == (2 / 3, 2 / 3)
+    assert (mirrored.figures["accuracy"], mirrored.plain_accuracy) == (2 / 3, 2 / 3)
     assert predicted(mirrored.outputs).tolist() == [1, 0, 0]
     away = run(model, split([[255, 0]] * 3, [0, 0, 1]), views=[view(mirror=True)])
-    assert (away.accuracy, away.plain_accuracy) == (1 / 3, 2 / 3)
+    assert (away.figures["accuracy"], away.plain_accuracy) == (1 / 3, 2 / 3)
 
 
 def test_one_output_is_averaged_before_its_sigmoid():
     found = run(linear([[2.0, -4.0]]), split([[255, 0]], [1]), "bce", views=[view(), view(mirror=True)])
     torch.testing.assert_close(found.outputs, torch.tensor([[-1.0]]))
-    assert (found.accuracy, found.plain_accuracy) == (0.0, 1.0)
+    assert (found.figures["accuracy"], found.plain_accuracy) == (0.0, 1.0)
 
 
 def network(channels: int) -> nn.Module:
@@ -290,8 +292,8 @@ def test_six_views_are_six_evaluations_of_images_that_numpy_moved(monkeypatch, c
     found = run(model, images, views=SIX)
     torch.testing.assert_close(found.outputs, expected)
     assert found.loss == pytest.approx(F.cross_entropy(expected, labels).item(), rel=1e-5)
-    assert found.accuracy == (expected.argmax(1) == labels).sum().item() / 23
-    assert found.plain_accuracy == run(model, images).accuracy
+    assert found.figures["accuracy"] == (expected.argmax(1) == labels).sum().item() / 23
+    assert found.plain_accuracy == run(model, images).figures["accuracy"]
 
 
 @pytest.mark.parametrize("weight", [1, 0.3, 7])
@@ -299,7 +301,11 @@ def test_the_image_as_it_is_as_the_only_view_changes_no_bit(weight):
     model, images = network(1), Split(torch.randint(256, (9, 1, 6, 5)).byte(), torch.randint(4, (9,)))
     alone, plain = run(model, images, views=[view(weight=weight)]), run(model, images)
     assert torch.equal(alone.outputs, plain.outputs)
-    assert (alone.loss, alone.accuracy, alone.plain_accuracy) == (plain.loss, plain.accuracy, plain.accuracy)
+    assert (alone.loss, alone.figures["accuracy"], alone.plain_accuracy) == (
+        plain.loss,
+        plain.figures["accuracy"],
+        plain.figures["accuracy"],
+    )
 
 
 def test_weights_are_relative():

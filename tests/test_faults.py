@@ -183,8 +183,8 @@ def test_memory_that_runs_out_elsewhere_is_a_device_error_too(
 def stop_after_one_step(patch: pytest.MonkeyPatch, signum: int) -> None:
     log_step = Log.step
 
-    def logged(self: Log, run: Any, **values: float) -> None:
-        log_step(self, run, **values)
+    def logged(self: Log, run: Any, scores: dict[str, float], **values: float) -> None:
+        log_step(self, run, scores, **values)
         if run.global_step == 1:
             os.kill(os.getpid(), signum)
 

@@ -51,6 +51,10 @@ def randomise(module: nn.Module) -> nn.Module:
 
 
 BLOCK = [{"conv": {"out": 6, "stride": 2, "padding": "same"}}, "relu"]
+HALVED = [
+    ((4, 6), (4, 3)),
+    ((4, 2, 6, 4), (4, 1, 3, 2)),
+]  # a sequence and a volume, each with what pooling leaves of it
 # each layer and activation with settings unlike its defaults, on images of 4x6x6 or rows of 12
 SAMPLES: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = [
     ({"conv": {"out": 8, "kernel": [3, 1], "padding": "same", "groups": "depthwise"}}, (4, 6, 6), (8, 6, 6)),
@@ -72,6 +76,15 @@ SAMPLES: list[tuple[Any, tuple[int, ...], tuple[int, ...]]] = [
     ({"sumpool": 3}, (4, 6, 6), (4, 2, 2)),
     ({"adaptive_avgpool": 5}, (4, 6, 6), (4, 5, 5)),
     ("globalpool", (4, 6, 6), (4,)),
+    ("rows", (2, 6, 5), (10, 6)),
+    ("columns", (2, 6, 5), (12, 5)),
+    ({"reshape": [3, 2, 2]}, (12,), (3, 2, 2)),
+    ("volume", (4, 6, 5), (1, 4, 6, 5)),
+    ({"conv1d": {"out": 6, "padding": "same", "stride": 2}}, (4, 6), (6, 3)),
+    ({"conv3d": {"out": 6, "kernel": [1, 3, 3], "padding": "same", "stride": [2, 1, 1]}}, (2, 4, 6, 5), (6, 2, 6, 5)),
+    *(({name: 2}, shape, after) for name in ("maxpool", "avgpool", "sumpool") for shape, after in HALVED),
+    *(("globalpool", shape, shape[:1]) for shape, _ in HALVED),
+    *((name, shape, shape) for name in ("batchnorm", "layernorm", {"groupnorm": 2}) for shape, _ in HALVED),
     ("batchnorm", (4, 6, 6), (4, 6, 6)),
     ("layernorm", (4, 6, 6), (4, 6, 6)),
     ("layernorm", (12,), (12,)),

@@ -372,7 +372,7 @@ def shortcut(kind: str, layer: Any) -> dict[str, Any]:
         ([{"pad": {"pixels": 8, "mode": "reflect"}}], 0, "pad", "3x8x8", "less than the corresponding input dimension"),
         ([{"hardtanh": {"low": 1}}], 0, "hardtanh", "3x8x8", "low: 1 is not below high: 1"),
         ([{"conv": {"out": 4, "groups": "depthwise"}}], 0, "conv", "3x8x8", "groups: 3 divides not both 3 input and 4"),
-        ([{"conv": {"out": 4, "kernel": [3, 2], "padding": "same"}}], 0, "conv", "3x8x8", r"kernel \[3, 2\]"),
+        ([{"conv": {"out": 4, "kernel": [3, 2], "padding": "same"}}], 0, "conv", "3x8x8", "kernel 3x2"),
         ([connected([[0]])], 0, "conv", "3x8x8", "connections: 1 lists for 2 output channels"),
         ([connected([[0], [1, 3]])], 0, "conv", "3x8x8", r"list 1, \[1, 3\]: expected different .* 0\.\.2"),
         ([connected([[1, 1], [0]])], 0, "conv", "3x8x8", r"list 0, \[1, 1\]: expected different"),

@@ -27,6 +27,7 @@ from dltrain.data.prefetch import AHEAD, Ahead, Stream, free_memory, where_image
 from dltrain.data.prepare import measure_normalisation
 from dltrain.errors import ConfigError
 from dltrain.registry import Item
+from dltrain.tasks import Classification
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
@@ -46,7 +47,9 @@ def batches(split: Split, resident: bool, device: torch.device = CPU, step_size:
     }
     normalise = Normalise(measure_normalisation(split.images), device, torch.channels_last)
     settings = {"seed": 3, "step_size": step_size, "classes": 3, "balance": False} | given | changes
-    return Batches(split, normalise, resident=resident, device=device, **settings)
+    return Batches(
+        split, normalise, task=Classification((1, 1, 1), 10, "softmax"), resident=resident, device=device, **settings
+    )
 
 
 def same(one: Any, other: Any) -> bool:

@@ -68,8 +68,8 @@ def stop_after(patch: pytest.MonkeyPatch, step: int, signum: int) -> None:
     """Sends this process a signal right after that step was logged."""
     log_step = Log.step
 
-    def logged(self: Log, run: Any, **values: float) -> None:
-        log_step(self, run, **values)
+    def logged(self: Log, run: Any, scores: dict[str, float], **values: float) -> None:
+        log_step(self, run, scores, **values)
         if run.global_step == step:
             os.kill(os.getpid(), signum)
 

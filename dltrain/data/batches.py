@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from dltrain.data.dataset import Split
 from dltrain.data.prefetch import Stream
 from dltrain.data.prepare import Normalisation
 from dltrain.data.random import Random, generator
-from dltrain.lazy import F, torch
+from dltrain.lazy import torch
 from dltrain.registry import Component
+from dltrain.tasks import Task, shares
 
 
 class Normalise:
@@ -49,6 +51,7 @@ class Batches:
         split: Split,
         normalise: Normalise,
         *,
+        task: Task,
         seed: int,
         step_size: int,
         micro_size: int,
@@ -61,6 +64,7 @@ class Batches:
         """resident: keep the images on the device, else where they are; the batches are the same"""
         self.labels = split.labels.to(device)
         self.normalise = normalise
+        self.task = task
         self.seed = seed
         self.step_size = step_size
         self.micro_size = micro_size
@@ -90,10 +94,7 @@ class Batches:
         return self.images_before(step + 1) - self.images_before(step)
 
     def step(self, epoch: int, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
-        """The step's micro-batches: images float32 `[B, C, H, W]`, targets, share of the step's images.
-
-        Targets are the labels, int64 `[B]`, or after a mixing shares of the classes, float32 `[B, classes]`.
-        """
+        """The step's micro-batches: images float32 `[B, C, H, W]`, the task's targets, share of the step's images."""
         # kept here: a step of another epoch may be asked for between two parts
         order, on_host, labels = self.order(epoch), self._drawn, self._ordered_labels
         first = step * self.step_size
@@ -102,10 +103,11 @@ class Batches:
             part = slice(start, min(start + self.micro_size, end))
             index, targets = order[part], labels[part]
             images = self._cut(epoch, on_host, start, index)
+            draw = partial(Random, step, place, seed=self.seed, epoch=epoch, index=index, device=self.device)
             if self.augment:
-                random = Random(step, place, seed=self.seed, epoch=epoch, index=index, device=self.device)
-                images, targets = self._augmented(images, targets, random)
-            yield self.normalise(images), targets, len(index) / (end - first)
+                images, targets = self._augmented(images, targets, draw())
+            inputs, targets = self.task.batch(images, targets, self.normalise, draw)
+            yield inputs, targets, len(index) / (end - first)
 
     def _augmented(
         self, images: torch.Tensor, targets: torch.Tensor, random: Random
@@ -139,13 +141,3 @@ class Batches:
 def class_odds(labels: torch.Tensor) -> torch.Tensor:
     """float64 `[N]`: what makes every class equally likely when an image of labels int64 `[N]` is drawn."""
     return 1 / labels.bincount().double()[labels]
-
-
-def shares(targets: torch.Tensor, classes: int) -> torch.Tensor:
-    """Targets as shares of the classes, float32 `[B, classes]`: labels int64 `[B]` as ones; shares as they are."""
-    return targets if targets.is_floating_point() else F.one_hot(targets, classes).float()
-
-
-def labels_of(targets: torch.Tensor) -> torch.Tensor:
-    """The class with the largest share, int64 `[B]`; labels as they are."""
-    return targets.argmax(1) if targets.is_floating_point() else targets

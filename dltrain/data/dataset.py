@@ -12,6 +12,8 @@ from dltrain.lazy import torch
 class Split:
     """Images uint8 `[N, C, H, W]` in 0..255 and labels int64 `[N]` in 0..classes-1, both on the CPU as read.
 
+    Of lines of symbols, labels are int64 `[N, L]`, with -1 after a line's end.
+
     mapped: the images are mapped from a file, and read as they are used
     """
 
@@ -46,14 +48,14 @@ class Dataset:
             images, labels = split.images, split.labels
             if images.ndim != 4 or images.dtype != torch.uint8:
                 raise DataError(f"{name} images: expected uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
-            if labels.shape != (len(images),) or labels.dtype != torch.int64:
+            if len(labels) != len(images) or labels.ndim not in (1, 2) or labels.dtype != torch.int64:
                 raise DataError(
                     f"{name} labels: expected int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
                 )
             if not len(labels):
                 raise DataError(f"the {name} split holds no images")
             low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= len(self.classes):
+            if low < (0 if labels.ndim == 1 else -1) or high >= len(self.classes):
                 raise DataError(f"{name} labels: expected 0..{len(self.classes) - 1}, found {low if low < 0 else high}")
         if self.train.images.shape[1:] != self.test.images.shape[1:]:
             shapes = f"{list(self.train.images.shape[1:])} and {list(self.test.images.shape[1:])}"

@@ -62,6 +62,8 @@ def prepare(
     """
     train, test, names = dataset.train, dataset.test, dataset.classes
     if classes is not None:
+        if train.labels.ndim != 1:
+            raise ConfigError("data.classes: each image of this data set has several labels: leave it out")
         numbers = [_class_number(each, names) for each in classes]
         if len(set(numbers)) != len(numbers):
             raise ConfigError(f"data.classes: {list(classes)} names a class twice")

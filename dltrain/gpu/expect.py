@@ -36,6 +36,8 @@ from dltrain.step import direction
 SHAPES = {  # of the images of published data sets: channels, height, width, classes
     "digits": (1, 8, 8, 10),
     "mnist": (1, 28, 28, 10),
+    "moving_mnist": (8, 28, 28, 10),  # those made of MNIST as they are by default
+    "digit_lines": (1, 36, 160, 10),
     "fashion_mnist": (1, 28, 28, 10),
     "cifar10": (3, 32, 32, 10),
     "cifar100": (3, 32, 32, 100),

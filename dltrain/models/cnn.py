@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from dltrain.lazy import nn
 from dltrain.models.activations import Shape
 from dltrain.models.initial import start_others
@@ -34,7 +36,7 @@ def cnn(
         raise ValueError(f"more than {MAX_LAYERS:,} layers once each `repeat` is written out")
     model = sequence(shape, outputs, layers)
     after = shape_after(model, shape)
-    if after != (outputs,):
+    if after != (outputs,) and len(after) != 2 and prod(after) != outputs:  # of places in a line; of pixels
         last = f"layer {len(layers) - 1} ({layers[-1].name})"
         text = f"ends with {show(after)} numbers, the model needs {outputs}; end with `- linear: classes`"
         raise ValueError(f"{last} {text}")

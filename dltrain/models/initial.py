@@ -55,8 +55,9 @@ def _parts(module: nn.Module) -> list[torch.Tensor]:
 
 def start_others(model: nn.Module, init: Component | None) -> nn.Module:
     """Starts every convolution and linear layer by `init` that no `init` of its own was given."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and not hasattr(module, NOTE):
+        if isinstance(module, kinds) and not hasattr(module, NOTE):
             start(module, init)
     return model
 

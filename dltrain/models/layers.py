@@ -7,6 +7,7 @@ What comes out of it is found by running it once on zeros, so no layer states it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,6 +19,7 @@ from dltrain.registry import BelowOne, Component, Init, NonNegativeInt, Positive
 
 Width = PositiveInt | Literal["classes"]
 Window = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+Sides = Annotated[list[PositiveInt], Field(min_length=1, max_length=4)]
 Connections = Annotated[list[Annotated[list[NonNegativeInt], Field(min_length=1)]], Field(min_length=1)]
 
 
@@ -85,6 +87,22 @@ def image(shape: Shape) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def margins(window: Sequence[int], padding: int | str, dilation: int) -> tuple[int, ...]:
+    """What a convolution adds at each side, in each dimension of its window: so many, none (valid), or to keep a size.
+
+    Raises ValueError where `same` would add more at one side than at the other.
+    """
+    if isinstance(padding, int):
+        return (padding,) * len(window)
+    if padding == "valid":
+        return (0,) * len(window)
+    reach = [dilation * (size - 1) for size in window]
+    if any(each % 2 for each in reach):
+        kernel = "x".join(map(str, window))
+        raise ValueError(f"padding: same needs an odd window; kernel {kernel} with dilation {dilation} is even")
+    return tuple(each // 2 for each in reach)
+
+
 def row(shape: Shape) -> int:
     """How many numbers; raises ValueError where they are not in a row."""
     if len(shape) != 1:
@@ -130,14 +148,10 @@ def conv(
     if channels % groups or width % groups:
         raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
     window = kernel if isinstance(kernel, list) else [kernel, kernel]
-    reach = [dilation * (size - 1) for size in window]
-    if padding == "same" and any(each % 2 for each in reach):
-        raise ValueError(f"padding: same needs an odd window; kernel {kernel} with dilation {dilation} is even")
-    pixels = tuple(each // 2 if padding == "same" else 0 if padding == "valid" else padding for each in reach)
     settings: dict[str, Any] = {
         "kernel_size": tuple(window),
         "stride": stride,
-        "padding": pixels,
+        "padding": margins(window, padding, dilation),
         "padding_mode": padding_mode,
         "dilation": dilation,
         "bias": bias,
@@ -247,6 +261,18 @@ def flatten(shape: Shape, outputs: int) -> nn.Module:
     from dltrain.modules import Flatten
 
     return Flatten()
+
+
+@register("layer")
+def reshape(shape: Shape, outputs: int, *, to: Sides) -> nn.Module:
+    """The same numbers in another shape, as a decoder needs it before its first convolution.
+
+    to: the shape, as [channels, height, width]
+    """
+    if prod(to) != prod(shape):
+        text = f"is of {prod(to):,} numbers, and {prod(shape):,} come in ({show(shape)})"
+        raise ValueError(f"to: {show(tuple(to))} {text}")
+    return nn.Sequential(nn.Flatten(), nn.Unflatten(1, tuple(to)))
 
 
 @register("layer")

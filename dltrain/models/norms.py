@@ -24,18 +24,19 @@ def batchnorm(
     eps: Positive = 1e-5,
     init: WeightInit | None = None,
 ) -> nn.Module:
-    """Batch normalisation (Ioffe & Szegedy 2015) of channels, or of features after `flatten`.
+    """Batch normalisation (Ioffe & Szegedy 2015) of channels (of a sequence, an image, a volume), or of features.
 
     momentum: share of a batch in the running statistics that evaluation uses
     eps: added to the variance
     init: how the learned scale starts; default: all 1
     """
-    return start((nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], eps=eps, momentum=momentum), init)
+    modules: dict[int, type[nn.Module]] = {3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
+    return start(modules.get(len(shape), nn.BatchNorm1d)(shape[0], eps=eps, momentum=momentum), init)
 
 
 @register("layer")
 def layernorm(shape: Shape, outputs: int, *, eps: Positive = 1e-5, init: WeightInit | None = None) -> nn.Module:
-    """Layer normalisation (Ba et al. 2016) of a row's features, or of an image's channels at each pixel.
+    """Layer normalisation (Ba et al. 2016) of a row's features, or of the channels at each pixel (or place).
 
     Of images it is ConvNeXt's (Liu et al. 2022); over all channels and pixels at once, `groupnorm: 1` normalises.
 
@@ -44,7 +45,7 @@ def layernorm(shape: Shape, outputs: int, *, eps: Positive = 1e-5, init: WeightI
     """
     from dltrain.modules import ChannelNorm
 
-    return start((ChannelNorm if len(shape) == 3 else nn.LayerNorm)(shape[0], eps=eps), init)
+    return start((ChannelNorm if len(shape) > 1 else nn.LayerNorm)(shape[0], eps=eps), init)
 
 
 @register("layer")

@@ -1,4 +1,4 @@
-"""Pooling: one number for each window of a channel."""
+"""Pooling: one number for each window of a channel, in a sequence (C x L), an image or a volume (C x D x H x W)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal
 
 from dltrain.lazy import nn
 from dltrain.models.activations import Shape
-from dltrain.models.layers import image
+from dltrain.models.layers import image, show
 from dltrain.registry import NonNegativeInt, PositiveInt, register
 
 
@@ -16,12 +16,11 @@ def maxpool(
 ) -> nn.Module:
     """The largest value of each window.
 
-    size: height and width of the window
+    size: each side of the window
     stride: pixels between two windows; default: the size
     padding: pixels around the image, at most half the size, never the largest
     """
-    image(shape)
-    return nn.MaxPool2d(size, stride, padding)
+    return (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[_dimensions(shape) - 1](size, stride or size, padding)
 
 
 @register("layer")
@@ -30,12 +29,11 @@ def avgpool(
 ) -> nn.Module:
     """The mean of each window.
 
-    size: height and width of the window
+    size: each side of the window
     stride: pixels between two windows; default: the size
     padding: zeros around the image, at most half the size, counted in the mean
     """
-    image(shape)
-    return nn.AvgPool2d(size, stride, padding)
+    return (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[_dimensions(shape) - 1](size, stride or size, padding)
 
 
 @register("layer")
@@ -44,12 +42,15 @@ def sumpool(
 ) -> nn.Module:
     """The sum of each window.
 
-    size: height and width of the window
+    size: each side of the window
     stride: pixels between two windows; default: the size
     padding: zeros around the image, at most half the size
     """
-    image(shape)
-    return nn.AvgPool2d(size, stride, padding, divisor_override=1)
+    from dltrain.modules import Multiply
+
+    if _dimensions(shape) == 1:  # torch's mean of a sequence takes no divisor
+        return nn.Sequential(nn.AvgPool1d(size, stride or size, padding), Multiply(size))
+    return (nn.AvgPool2d, nn.AvgPool3d)[_dimensions(shape) - 2](size, stride or size, padding, divisor_override=1)
 
 
 @register("layer")
@@ -68,5 +69,15 @@ def globalpool(shape: Shape, outputs: int, *, kind: Literal["avg", "max"] = "avg
 
     kind: avg: their mean; max: the largest
     """
-    image(shape)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1) if kind == "avg" else nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    means = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+    largest = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+    return nn.Sequential((means if kind == "avg" else largest)[_dimensions(shape) - 1](1), nn.Flatten())
+
+
+def _dimensions(shape: Shape) -> int:
+    """In which windows lie; raises ValueError where there is none."""
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(
+            f"needs an image (channels x height x width), a sequence or a volume, got {show(shape)} numbers"
+        )
+    return len(shape) - 1
