@@ -16,9 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -38,25 +37,13 @@ from dltrain.dryrun import FORWARD_PASSES, count_flops
 from dltrain.errors import ConfigError, DataError, DivergedError, DltrainError, RunTakenError, Stopped
 from dltrain.gpu.facts import cpu
 from dltrain.gpu.rates import matmul_rate
-from dltrain.registry import Component
+from dltrain.sharing import Kept, read_once
+from dltrain.statistics import interval
 from dltrain.tables import percent, say
 
 FAST = "_speed"  # what the names of the shipped recipes end with that are made for it
-CONFIDENCE = 0.95  # that the mean of all seeds is within the interval
 
 Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _ReadOnce(Component):
-    """A data set that is read where it is first asked for, and kept."""
-
-    kept: list[Dataset] = field(default_factory=list)
-
-    def __call__(self, *positional: Any) -> Dataset:
-        if not self.kept:
-            self.kept.append(super().__call__(*positional))
-        return self.kept[0]
 
 
 def plan(asked: Sequence[str], overrides: Sequence[str], out: Path | None, console: Console) -> list[Path]:
@@ -144,8 +131,8 @@ def _recipe(
 ) -> tuple[Found | None, DltrainError | None]:
     """Runs one recipe: what was found, None where no seed came to its end, and what ended it early."""
     config = configs.load(path, overrides)  # again: the plugins in use are those of the config loaded last
-    data = _ReadOnce(config.data.source.kind, config.data.source.name, config.data.source.args)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"source": data})})
+    kept: Kept = {}
+    config = read_once(config, kept)
     device, _ = choose_device(config.train.device)
     torch.use_deterministic_algorithms(False)  # a recipe before may have asked for them
     _forget_peak_memory(device)
@@ -168,7 +155,8 @@ def _recipe(
     environment = json.loads((root / config.name / f"seed-{config.seed}" / "environment.json").read_text("utf-8"))
     found = {"recipe": config.name, "config": str(path), **_together(rows, target), "peak_memory": peak}
     dtype = getattr(torch, environment["arithmetic"])
-    found |= _arithmetic(config, data.kept[0], found["images_per_second"], device, dtype)
+    (data,) = kept.values()
+    found |= _arithmetic(config, data, found["images_per_second"], device, dtype)
     return {**found, "hardware": hardware(device), "environment": environment, "runs": rows}, wrong
 
 
@@ -238,21 +226,6 @@ def _to_target(rows: Sequence[Found], target: float) -> Found:
         "val_reached": len(on_val),
         "val_seconds": fmean(on_val) if on_val else None,
     }
-
-
-def interval(values: Sequence[float]) -> Found | None:
-    """Mean, sample standard deviation, and the half width of the mean's 95 % interval by Student's t.
-
-    None of no values; of one value there is a mean alone.
-    """
-    if not values:
-        return None
-    if len(values) == 1:
-        return {"mean": values[0], "std": None, "half_width": None}
-    from scipy.special import stdtrit
-
-    quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
-    return {"mean": fmean(values), "std": stdev(values), "half_width": quantile * stdev(values) / len(values) ** 0.5}
 
 
 def _arithmetic(

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ class RunFolder:
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(path / ".lock")
-            self.lock.acquire(blocking=False)
+            self.lock.acquire(timeout=0.2)  # `is_held` of another process has it for an instant
             (path / ".lock").touch()
         except Timeout:
             raise RunTakenError(
@@ -125,6 +126,28 @@ class RunFolder:
         write_atomically(self.checkpoints / f"step-{step:09d}.safetensors", content)
         for old in steps(self.path)[KEPT:]:
             old.unlink()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process trains in the folder, asked without making, changing or keeping anything."""
+    if not (path / ".lock").is_file():
+        return False
+    if sys.platform == "win32":
+        try:
+            with FileLock(path / ".lock", blocking=False):
+                return False
+        except Timeout:
+            return True
+    import fcntl
+
+    handle = os.open(path / ".lock", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask at once do not see each other
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def create(root: Path, name: str) -> RunFolder:

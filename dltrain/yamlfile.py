@@ -157,6 +157,12 @@ def dump(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True))
 
 
+def flow(data: Any) -> str:
+    """As `dump`, on one line: `{name: sgd, lr: 0.1}`."""
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return str(text).removesuffix("...\n").removesuffix("\n")  # the dots end a document that is one value
+
+
 class _Reader:
     def __init__(self, text: str, document: Document) -> None:
         self.events: Iterator[Any] = yaml.parse(text, Loader=_LOADER)

@@ -117,15 +117,6 @@ def test_a_recipe_finds_the_process_as_it_would_alone(dltrain: Run, small: str) 
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_interval_is_students() -> None:
-    found = bench.interval([0.90, 0.92, 0.94])
-    assert found is not None
-    assert (found["mean"], found["std"]) == pytest.approx((0.92, 0.02))
-    assert found["half_width"] == pytest.approx(4.302653 * 0.02 / 3**0.5)  # t of 2 degrees of freedom at 0.975
-    assert bench.interval([0.9]) == {"mean": 0.9, "std": None, "half_width": None}
-    assert bench.interval([]) is None
-
-
 def test_what_diverged_is_left_out_and_rates_are_of_the_warm() -> None:
     fast = row(1, 0.8, seconds=2, training_seconds=1, images_per_second=300)
     slow = row(2, 0.6, seconds=4, training_seconds=3, images_per_second=100)
