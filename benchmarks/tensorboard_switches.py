@@ -46,6 +46,11 @@ class Clocked(Board):
         super().epoch(*arguments)
         self.times.append((start, perf_counter()))
 
+    def layers(self, *arguments: Any) -> None:
+        """Called after `epoch`, with what was measured in between."""
+        super().layers(*arguments)
+        self.times[-1] = self.times[-1][0], perf_counter()
+
     def _pictures(self, *arguments: Any) -> None:
         pass
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import sys
 import tempfile
 import threading
@@ -67,6 +68,22 @@ def _show(found: Any, as_json: bool, table: Callable[[Any, Console], None], cons
         _print_json(found)
     else:
         table(found, console)
+
+
+def _check_picture(option: str, path: Path | None, what: str) -> None:
+    if path and path.suffix.lower() != ".png":
+        raise ConfigError(f"{option} {path}: expected a name that ends in .png; {what} as data: --json")
+    _check_folder(path)
+
+
+def _check_folder(path: Path | None) -> None:
+    if path and not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}")
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; expected a run's folder or a checkpoint")
 
 
 def _print_json(value: Any) -> None:
@@ -211,6 +228,32 @@ def _profile(config: Config, folder: Path, notes: Console, quiet: bool, as_json:
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder or a checkpoint file.")],
     split: Annotated[str, typer.Option(metavar="SPLIT", help="train, val or test.")] = "test",
+    positive: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Judge this class, a name or number, against the rest too.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="T", help="Its images are those of at least this probability; default: 0.5.")
+    ] = None,
+    type_1_error: Annotated[
+        float | None,
+        typer.Option("--type-1-error", metavar="RATE", help="Choose the lowest threshold with at most this error."),
+    ] = None,
+    type_2_error: Annotated[
+        float | None,
+        typer.Option("--type-2-error", metavar="RATE", help="Choose the highest threshold with at most this error."),
+    ] = None,
+    precision: Annotated[
+        float | None, typer.Option(metavar="P", help="Choose the lowest threshold with at least this precision.")
+    ] = None,
+    recall: Annotated[
+        float | None, typer.Option(metavar="R", help="Choose the highest threshold with at least this recall.")
+    ] = None,
+    choose_on: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Where to choose it; default: val, where images are held out.")
+    ] = None,
+    curves: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw the ROC and PR curves of --positive, else of each class.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="CSV", help="Write each image's prediction to this file.")] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     data_root: DataRoot = None,
@@ -220,18 +263,28 @@ def evaluate(
     """Evaluate a trained model.  It needs no config, and runs no code from the file."""
     if split not in ("train", "val", "test"):
         raise ConfigError(f"--split {split}: expected train, val or test")
-    if out and not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}")
-    if not checkpoint.exists():
-        raise CheckpointError(f"{checkpoint}: no such file or folder; expected a run's folder or a checkpoint")
+    from dltrain import thresholds
 
-    from dltrain import rundir, tables, trained
+    rates = {"type_1_error": type_1_error, "type_2_error": type_2_error, "precision": precision, "recall": recall}
+    question = thresholds.asked(positive, {"threshold": threshold, **rates}, choose_on)
+    _check_picture("--curves", curves, "the curves")
+    _check_folder(out)
+    _check_checkpoint(checkpoint)
+
+    from dltrain import figures, rundir, tables, trained
 
     notes = _console(to_stderr=as_json)
     model = trained.load(checkpoint, device, tables.warn, plugin)
+    if question or curves:
+        thresholds.check(question, model)  # before any image is read
     scores, found = trained.judge(model, split, data_root, _say)
     if out:
         rundir.write_atomically(out, trained.predictions_csv(model, found).encode())
+    if question or curves:
+        more, drawn = thresholds.answer(question, model, split, found, data_root, tables.warn)
+        scores |= {**more, "picture": str(curves) if curves else None}
+        if curves:
+            rundir.write_atomically(curves, figures.roc_and_pr(scores, drawn))
     _show(scores, as_json, tables.evaluation, notes)
 
 
@@ -259,12 +312,8 @@ def predict_images(
         raise ConfigError(f"--fit {fit}: expected {', '.join(get_args(Fit))}")
     if saliency and not out:
         raise ConfigError("--saliency is part of a picture: give its name by --out PICTURE.png")
-    if out and out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out}: expected a name that ends in .png; the predictions as data: --json")
-    if out and not out.parent.is_dir():
-        raise OutputError(f"{out}: there is no folder {out.parent}")
-    if not checkpoint.exists():
-        raise CheckpointError(f"{checkpoint}: no such file or folder; expected a run's folder or a checkpoint")
+    _check_picture("--out", out, "the predictions")
+    _check_checkpoint(checkpoint)
 
     from dltrain import figures, predict, rundir, tables, trained
 
@@ -282,6 +331,45 @@ def predict_images(
     _show(plain, as_json, tables.predictions, notes)
     if found.unreadable:
         raise predict.not_readable(found.unreadable)
+
+
+@app.command(name="report")
+def make_report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="The folder of a run, or of several to compare.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="HTML", help="Where it goes; default: RUN/report.html, of several ./report.html."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    data_root: DataRoot = None,
+    plugin: Plugins = [],
+) -> None:
+    """Write one HTML page on runs: curves, scores of each class, worst mistakes, settings, how to reproduce."""
+    _check_folder(out)
+    from dltrain import report
+
+    print(report.make(runs, out, device, data_root, plugin, _say))
+
+
+@app.command(name="export")
+def export_model(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder or a checkpoint file.")],
+    format: Annotated[str, typer.Option(metavar="FORMAT", help="onnx, or torch for torch.export.")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where it goes, .onnx or .pt2; default: beside the checkpoint.")
+    ] = None,
+    plugin: Plugins = [],
+    as_json: Json = False,
+) -> None:
+    """Write a trained model as one file for other programs: bytes of images in, probabilities out; and check it."""
+    _check_folder(out)
+    _check_checkpoint(checkpoint)
+
+    from dltrain import export, tables, trained
+
+    notes = _console(to_stderr=as_json)
+    export.check_asked(format, out)
+    _show(export.export(trained.load(checkpoint, "cpu", tables.warn, plugin), format, out), as_json, export.show, notes)
 
 
 @app.command(name="lr-find")
@@ -317,6 +405,24 @@ def find_learning_rate(
     _show({**found, "figure": str(figure)}, as_json, tables.learning_rate, notes)
 
 
+@app.command(name="gradcheck")
+def check_gradients(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config's name.")],
+    overrides: Overrides = [],
+    weights: Annotated[int, typer.Option(metavar="N", min=1, help="Weights of each parameter that are tried.")] = 4,
+    as_json: Json = False,
+) -> None:
+    """Compare what the backward pass computes with differences of the loss: exit code 0 means that they agree."""
+    loaded = _load(config, overrides)
+    from dltrain import tables
+    from dltrain.gradcheck import gradcheck
+
+    notes = _console(to_stderr=as_json)
+    found = gradcheck(loaded, weights, lambda text: tables.say(notes, text))
+    _show(found, as_json, tables.gradients, notes)
+    raise typer.Exit(0 if found["ok"] else 1)
+
+
 @app.command(name="bench")
 def bench_recipes(
     recipes: Annotated[
@@ -338,10 +444,7 @@ def bench_recipes(
     """Run recipes over several seeds: accuracy with its interval, seconds cold and warm, share of the arithmetic."""
     if target is not None and not 0 < target <= 100:
         raise ConfigError(f"--target {target:g}: expected a share of the test images, such as 0.94, or 94 for 94 %")
-    if picture and picture.suffix.lower() != ".png":
-        raise ConfigError(f"--picture {picture}: expected a name that ends in .png; the numbers as data: --json")
-    if picture and not picture.parent.is_dir():
-        raise OutputError(f"{picture}: there is no folder {picture.parent}")
+    _check_picture("--picture", picture, "the numbers")
     overrides = [*overrides, *([f"train.device={device}"] if device else [])]
 
     from dltrain import bench, figures, rundir, tables
@@ -356,6 +459,102 @@ def bench_recipes(
         _show({**found, "picture": str(picture) if picture else None}, as_json, tables.bench, notes)
     if wrong:
         raise wrong
+
+
+@app.command(name="compare")
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|FOLDER…", help="Finished runs, or folders of them.")],
+    split: Annotated[str, typer.Option(metavar="SPLIT", help="Compare the scores of val or test.")] = "test",
+    figure: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw each group's seeds; of two runs the images that they disagree on."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    data_root: DataRoot = None,
+    plugin: Plugins = [],
+    as_json: Json = False,
+) -> None:
+    """Say what runs differ in, and whether their results differ by more than chance: over seeds, or image by image."""
+    if split not in ("val", "test"):
+        raise ConfigError(f"--split {split}: expected val or test")
+    _check_picture("--figure", figure, "the numbers")
+
+    from dltrain import compare, rundir, tables
+
+    notes = _console(to_stderr=as_json)
+    found, draw = compare.compare(runs, split, device=device, data_root=data_root, plugins=plugin, warn=tables.warn)
+    if figure and draw:
+        rundir.write_atomically(figure, draw())
+    elif figure:
+        tables.warn("the two say the same of every image: there is no figure to draw")
+    _show({**found, "figure": str(figure) if figure and draw else None}, as_json, tables.comparison, notes)
+
+
+@app.command(name="vary")
+def vary_keys(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file or a shipped config's name.")],
+    grid: Annotated[list[str], typer.Argument(metavar="KEY=V1,V2…", help="Values of one key, or of two for a grid.")],
+    overrides: Overrides = [],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The runs' folder, old or new; default: runs/<name>/vary-<time>."),
+    ] = None,
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a config with each of several values, from the same initial weights, and draw their losses in one figure.
+
+    The same command with the same --out goes on where it was stopped, and trains no value twice.
+    """
+    overrides = [*overrides, *([f"train.device={device}"] if device else [])]
+    from dltrain import figures, rundir, shipped, tables, vary
+
+    notes = _console(to_stderr=as_json)
+    points = vary.plan(shipped.find(config), grid, overrides, out)
+    found, wrong = vary.vary(points, notes, quiet)
+    if found["runs"]:
+        figure = Path(found["out"]) / "vary.png"
+        rundir.write_atomically(figure, figures.vary(found, [vary.trace(row) for row in found["runs"]]))
+        _show({**found, "figure": str(figure)}, as_json, tables.vary, notes)
+    if isinstance(wrong, Stopped):
+        settings = (part for each in overrides for part in ("--set", each))
+        command = shlex.join(["dltrain", "vary", config, *grid, *settings, "--out", found["out"]])
+        raise Stopped(f"{wrong}; go on with: {command}", wrong.exit_code - 128)
+    if wrong:
+        raise wrong
+
+
+@app.command(name="sweep")
+def sweep_settings(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A YAML file or a shipped sweep's name.")],
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A database that several machines share; default: SQLite in the folder."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the runs go; default: runs/<name>.")] = None,
+    device: Device = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search settings: start the same command again, here or elsewhere, to go on or to help."""
+    from dltrain import sweepfile
+
+    plan = sweepfile.load(sweepfile.find(sweep))
+    try:
+        from dltrain import sweep as sweeping
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise ConfigError("dltrain sweep needs Optuna: pip install 'dltrain[sweep]'") from None
+    from dltrain import tables
+
+    notes = _console(to_stderr=as_json)
+    options = {"--storage": storage, "--out": out, "--device": device}
+    given = [part for option, value in options.items() if value for part in (option, str(value))]
+    go_on = shlex.join(["dltrain", "sweep", sweep, *given])
+    folder = out or Path("runs") / plan.name
+    _show(sweeping.sweep(plan, folder, storage, device, notes, quiet, go_on), as_json, tables.sweep, notes)
 
 
 @app.command(name="verify-resume")
@@ -428,13 +627,26 @@ def check_gpu(
 @app.command(name="list")
 def list_components(
     kind: Annotated[
-        str | None, typer.Argument(metavar="KIND", help="model, layer, loss, optim, …; default: all.")
+        str | None,
+        typer.Argument(metavar="KIND|FOLDER", help="model, layer, loss, optim, …, or a folder of runs; default: all."),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference documentation.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List every component that a config can name, with its arguments."""
-    from dltrain import reference
+    """List every component that a config can name, with its arguments; or the runs in a folder and how they stand."""
+    from dltrain import overview, reference, registry, tables
 
+    if kind is not None and kind not in registry.KINDS and Path(kind).is_dir():
+        if markdown:
+            raise ConfigError(f"list {kind} --markdown: is for components; of runs there is --json")
+        rows = overview.rows(Path(kind), tables.warn)
+        if rows or as_json:
+            _show(rows, as_json, tables.runs, _console())
+        else:
+            print(f"no runs below {kind}")
+        return
+    if as_json:
+        raise ConfigError("list --json: is for the runs in a folder; of components there is `dltrain config schema`")
     if markdown:
         print(reference.markdown(), end="")
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from dltrain.runs import describe, new_run
 
 # of a training step: a backward pass multiplies twice as often (Kaplan et al. 2020, arXiv 2001.08361, section 2.1)
 FORWARD_PASSES = 3
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 TOLERANCE = 0.25  # of the expected first loss, or this much where that is more
 
 
 def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
     """What a run of this config would be; JSON-able.  One step is taken and thrown away.
 
-    layers: name, kind, output shape without the batch, parameters, and FLOPs of one image's forward pass (a
-    multiplication and an addition are two)
+    layers: name, kind, output shape without the batch, parameters, FLOPs of one image's forward pass (a multiplication
+    and an addition are two), and as the output of the first batch is: dtype, device, layout (contiguous, channels_last,
+    any where these are the same, or strided)
     memory: estimated bytes, by what takes them
     first_loss, expected_loss: of the first batch, and of outputs that are all zero (ln(classes) for cross entropy)
     """
@@ -33,8 +36,9 @@ def dry_run(config: Config, note: Callable[[str], None]) -> dict[str, Any]:
     run = new_run(setup)
     images, targets, _ = next(setup.batches().step(0, 0))
     layers, flops, activations = _layers(setup, images[:1])
-    with setup.placement.autocast():
+    with setup.placement.autocast(), _placed(setup.model) as placed:
         outputs = setup.model(images)
+    layers = [{**row, **placed.get(row["name"], dict.fromkeys(("dtype", "device", "layout")))} for row in layers]
     loss = setup.loss(outputs, targets)
     loss.backward()
     setup.optimizers.step(loss, lambda: loss)
@@ -75,6 +79,36 @@ def _bytes(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@contextmanager
+def _placed(model: nn.Module) -> Iterator[dict[str, dict[str, Any]]]:
+    """The dtype, device and layout of what each layer gives in a pass within, by the layer's name."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def see(module: nn.Module, inputs: Any, output: Any) -> None:
+            if torch.is_tensor(output):
+                dtype = DTYPES.get(output.dtype, str(output.dtype).removeprefix("torch."))
+                found[name] = {"dtype": dtype, "device": str(output.device), "layout": _layout(output)}
+
+        return see
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in _leaves(model).items()]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def _layout(tensor: torch.Tensor) -> str:
+    contiguous = tensor.is_contiguous()
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return "any" if contiguous else "channels_last"
+    return "contiguous" if contiguous else "strided"
+
+
+def _leaves(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if not list(module.children())}
+
+
 def count_flops(model: nn.Module, image: torch.Tensor) -> FlopCounterMode:
     """The FLOPs of a forward pass of an image `[1, C, H, W]` in evaluation mode, in all and by module."""
     counter = FlopCounterMode(display=False)
@@ -88,7 +122,7 @@ def count_flops(model: nn.Module, image: torch.Tensor) -> FlopCounterMode:
 def _layers(setup: Setup, image: torch.Tensor) -> tuple[list[dict[str, Any]], int, int]:
     """A row for each layer, FLOPs of a forward pass, and how many numbers the layers give for one image."""
     shapes: dict[str, list[int]] = {}
-    leaves = {name: module for name, module in setup.model.named_modules() if not list(module.children())}
+    leaves = _leaves(setup.model)
 
     def note_shape(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         return lambda module, inputs, output: shapes.__setitem__(name, list(output.shape[1:]))

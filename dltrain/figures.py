@@ -12,8 +12,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dltrain.curves import Curve, auc, average_precision
+from dltrain.tables import score
+from dltrain.text import shortened, shown
+
 _LABELLED = 20  # classes up to which a confusion matrix has room for names and numbers
+_CURVES = 10  # classes that a panel has room and colours for
 _FILTERS = 64  # that a picture of them shows
+_AGAINST = {"epoch": "epochs", "seconds": "seconds of training", "images": "images seen"}
+_STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))  # of lines
 _THUMBNAIL = 64  # pixels: 1,000 of them make 2048 x 2048, and the projector takes up to 8192 x 8192
 
 
@@ -99,6 +106,20 @@ def mistakes_picture(images: torch.Tensor, captions: Sequence[str]) -> np.ndarra
         axes.imshow(image, cmap="gray", vmin=0, vmax=255)  # no colour image heeds the map
         axes.set_title(caption, fontsize=8)
     return _pixels(figure)
+
+
+def pairs_picture(images: torch.Tensor, pixels: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Images uint8 `[N, C, H, W]` in rows, below each what was made of it: pixels float32 in 0..1 `[N, C, H, W]`."""
+    both = torch.cat(
+        [grey_or_colour(images), grey_or_colour((pixels * 255).round().to(torch.uint8))], 2
+    )  # [N, C, 2H, W]
+    grid = torch.nn.functional.pad(both, (1, 1, 1, 1), value=128)
+    columns = min(len(grid), 16)
+    rows = [
+        torch.cat(list(grid[start : start + columns]), 2) for start in range(0, len(grid) // columns * columns, columns)
+    ]
+    picture = torch.cat(rows, 1).permute(1, 2, 0)
+    return picture.expand(-1, -1, 3).contiguous().numpy()
 
 
 def predictions_picture(
@@ -188,6 +209,251 @@ def bench(found: Mapping[str, Any]) -> bytes:
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel("test accuracy (%)")
+    return _png(figure)
+
+
+def roc_and_pr(found: Mapping[str, Any], drawn: Sequence[tuple[str, Curve]]) -> bytes:
+    """ROC and PR curves of classes against the rest (thresholds.answer), as a PNG; a threshold's point is marked.
+
+    Of more than 10 classes, the 10 with the lowest AUC.  The corner that good curves keep to is drawn larger inside.
+    """
+    from matplotlib.figure import Figure
+
+    areas = [(area, name, curve) for name, curve in drawn if (area := auc(curve)) is not None]
+    lines = sorted(areas, key=lambda line: line[0])[:_CURVES] if len(areas) > _CURVES else areas
+    positive, split = found.get("positive"), found["split"]
+    title = f"{positive['class'] if positive else 'each class'} against the rest, {found['data']} {split}"
+    if len(lines) < len(areas):
+        title += f": the {len(lines)} lowest AUC of {len(areas)} classes"
+    if len(areas) < len(drawn):
+        title += f"; {len(drawn) - len(areas)} without a curve: no image of the class, or no other"
+    mark = {"threshold": positive["threshold"], **positive["splits"][split]} if positive else {}
+    figure = Figure(figsize=(10, 5.4 + 0.12 * len(lines)), dpi=100, layout="constrained")
+    figure.suptitle(shown(title), fontsize=11, parse_math=False)
+    roc, pr = figure.subplots(1, 2)
+    named = [(f"{area:.5f} of {shortened(name, 30)}", curve) for area, name, curve in lines]
+    _curves_panel(roc, named, "type_1_error", "recall", mark)
+    roc.axline((0, 0), slope=1, color="0.7", linestyle="--", linewidth=1, zorder=0)  # of scores that know nothing
+    roc.set(xlabel="type I error: false positive rate", ylabel="recall: 1 − type II error")
+    roc.get_legend().set_title("area under the ROC curve (AUC)")
+    named = [(f"{average_precision(curve):.5f} of {shortened(name, 30)}", curve) for _, name, curve in lines]
+    _curves_panel(pr, named, "recall", "precision", mark)
+    pr.set(xlabel="recall", ylabel="precision")
+    pr.get_legend().set_title("average precision")
+    return _png(figure)
+
+
+def _curves_panel(axes: Any, named: Sequence[tuple[str, Curve]], across: str, up: str, mark: Mapping[str, Any]) -> None:
+    """One rate of the curves against another; precision against recall in steps, as average precision sums them."""
+    ideal = 1 if across == "recall" else 0
+    steps = "steps-pre" if up == "precision" else "default"
+    # how far from the ideal each curve's nearest point is; two and a half times the farthest shows what all do there
+    nearest = [torch.maximum((each.rates[across] - ideal).abs(), 1 - each.rates[up]).amin() for _, each in named]
+    corner = 2.5 * max([1e-3, *map(float, nearest)])
+    marked = None not in (mark.get(across), mark.get(up))
+    if marked:
+        corner = max(corner, 1.25 * max(abs(mark[across] - ideal), 1 - mark[up]))
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    panes = [axes]
+    if named and corner < 0.25:  # else there is little to enlarge, and no empty place to do it in
+        inset = axes.inset_axes((0.16 if ideal else 0.32, 0.14, 0.56, 0.56))
+        inset.set(xlim=(1 - corner, 1) if ideal else (0, corner), ylim=(1 - corner, 1))
+        inset.tick_params(labelsize=7)
+        axes.indicate_inset_zoom(inset)
+        panes.append(inset)
+    for pane in panes:
+        for number, (label, curve) in enumerate(named):
+            x, y = curve.rates[across], curve.rates[up]
+            first = y[:1] if up == "precision" else y.new_zeros(1)  # where next to nothing is called positive
+            pane.plot(torch.cat((x.new_zeros(1), x)), torch.cat((first, y)), f"C{number}", drawstyle=steps, label=label)
+        if marked:
+            label = f"the threshold {mark['threshold']:.5g}"
+            pane.plot(mark[across], mark[up], "o", color="black", markersize=5, clip_on=False, label=label)
+        pane.grid(alpha=0.3)
+    drawn = axes.get_legend_handles_labels()
+    legend = axes.legend(*drawn, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def comparison(found: Mapping[str, Any]) -> bytes:
+    """The scores of each run (compare.over_seeds), a row for each group, its mean with its 95 % interval, as a PNG."""
+    from matplotlib.figure import Figure
+
+    groups, split, name = found["groups"], found["split"], found["score"]
+    scale = 100 if name.endswith("accuracy") else 1
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(groups)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for place, group in enumerate(groups):
+        colour, of_seeds = f"C{place % 10}", group["scores"][name]
+        values = [scale * row[split][name] for row in group["runs"]]
+        axes.plot(values, [place + 0.15] * len(values), "o", color=colour, alpha=0.5, markersize=4)
+        width = scale * (of_seeds["half_width"] or 0)
+        axes.errorbar(scale * of_seeds["mean"], place - 0.1, xerr=width, fmt="D", color=colour, capsize=4)
+    labels = (", ".join(f"{key}: {value}" for key, value in group["settings"].items()) for group in groups)
+    axes.set_yticks(
+        range(len(groups)),
+        [shortened(f"{group['group']}  {label}", 44) for group, label in zip(groups, labels, strict=True)],
+        parse_math=False,
+    )
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    unit = " (%)" if scale == 100 else ""
+    axes.set_xlabel(f"{split} {name}{unit}: each seed, and the mean with its 95 % interval")
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    return _png(figure)
+
+
+def vary(found: Mapping[str, Any], traces: Sequence[Sequence[Mapping[str, Any]]]) -> bytes:
+    """Loss against epochs, seconds and images of each run (vary.vary), as a PNG.
+
+    One key: a colour for each value, the training loss solid, its `traces` (vary.trace) faint, the val loss dashed.
+    Two keys: a colour for each value of the first, a style of line for each of the second, the val loss alone where
+    there is one, and the final score of each pair in a panel of its own.
+    """
+    from matplotlib.figure import Figure
+
+    grid = len(found["keys"]) == 2
+    figure = Figure(figsize=(15 if grid else 12, 4.2), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 4 if grid else 3)
+    rows = found["runs"]
+    points = [point for row in rows for point in row["curve"]]
+    with_val = all(point["val_loss"] is not None for point in points)
+    drawn = ["val_loss" if with_val else "train_loss"] if grid else ["train_loss", *(["val_loss"] if with_val else [])]
+    places = {key: {value: place for place, value in enumerate(values)} for key, values in found["keys"].items()}
+    for axes, (x, name) in zip(panels, _AGAINST.items(), strict=False):
+        for row, trace in zip(rows, traces, strict=True):
+            colour, style = _line(places, row["values"])
+            for loss in drawn:
+                dashes = "--" if not grid and loss == "val_loss" else style
+                reached = [point[x] for point in row["curve"]], [point[loss] for point in row["curve"]]
+                axes.plot(*reached, color=colour, linestyle=dashes, zorder=3)
+            if not grid:
+                steps = [point[x] for point in trace], [point["train_loss"] for point in trace]
+                axes.plot(*steps, color=colour, alpha=0.25, linewidth=0.7)
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+        seen = [point[x] for each in (traces if not grid else [points]) for point in each]
+        if x != "epoch" and _is_wide(seen, 30):
+            axes.set_xscale("log")
+        losses = [point[loss] for point in points for loss in drawn]
+        if _is_wide(losses, 10):
+            axes.set_yscale("log")
+            axes.set_ylim(min(losses) / 2, max(losses) * 2)  # single steps may lie far off
+    titles = {"train_loss": "training loss", "val_loss": "val loss"}
+    panels[0].set_ylabel("loss (solid: training, dashed: val)" if len(drawn) == 2 else titles[drawn[0]])
+    if grid:
+        _score_panel(figure, panels[3], found)
+    _legend(figure, found, places)
+    return _png(figure)
+
+
+def _line(places: Mapping[str, Mapping[str, int]], values: Mapping[str, str]) -> tuple[Any, Any]:
+    """Colour and style of the line of these values."""
+    from matplotlib import colormaps
+
+    first, *second = (places[key][value] for key, value in values.items())
+    count = len(next(iter(places.values())))
+    colour = f"C{first}" if count <= 10 else colormaps["viridis"](first / (count - 1))
+    return colour, _STYLES[second[0] % len(_STYLES)] if second else "-"
+
+
+def _is_wide(values: Sequence[float], times: float) -> bool:
+    return bool(values) and min(values) > 0 and max(values) > times * min(values)
+
+
+def _legend(figure: Any, found: Mapping[str, Any], places: Mapping[str, Mapping[str, int]]) -> None:
+    """What colours and styles stand for, below the panels."""
+    from matplotlib.lines import Line2D
+
+    (first, colours), *second = found["keys"].items()
+    others = {key: values[0] for key, values in second}
+    diverged = [] if second else [row["values"][first] for row in found["runs"] if row["diverged"]]  # else by the score
+    lines = [{"color": _line(places, {first: value, **others})[0]} for value in colours]
+    names = [shortened(value, 40) + " (diverged)" * (value in diverged) for value in colours]
+    parts = [("left" if second else "center", first, lines, names)]
+    for key, values in second:
+        lines = [{"color": "0.3", "linestyle": _line(places, {first: colours[0], key: each})[1]} for each in values]
+        parts.append(("right", key, lines, [shortened(value, 40) for value in values]))
+    for side, key, lines, names in parts:
+        handles = [Line2D([], [], **line, label=name) for line, name in zip(lines, names, strict=True)]
+        columns = min(len(handles), max(1, (60 if second else 110) // (max(map(len, names)) + 8)))
+        legend = figure.legend(handles=handles, title=key, loc=f"outside lower {side}", ncols=columns, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+
+
+def _score_panel(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
+    """The final score of each pair of values: rows are the first key's, columns the second's."""
+    (first, ys), (second, xs) = found["keys"].items()
+    scores = np.full((len(ys), len(xs)), np.nan)
+    split = found["score_split"]
+    for row in found["runs"]:
+        at = ys.index(row["values"][first]), xs.index(row["values"][second])
+        text = "diverged" if row["diverged"] else "-"
+        value = (row[split] or {}).get(found["score"])
+        if value is not None:
+            scores[at] = value
+            text = score(found["score"], value)
+        axes.text(at[1], at[0], text, ha="center", va="center", fontsize=9).set_bbox(
+            {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.5}
+        )
+    axes.imshow(scores, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(xs)), [shortened(x, 16) for x in xs], parse_math=False)
+    axes.set_yticks(range(len(ys)), [shortened(y, 16) for y in ys], parse_math=False)
+    axes.set_xlabel(second)
+    axes.set_ylabel(first)
+    axes.set_title(f"{split} {found['score']}", fontsize=10)
+
+
+def sweep_history(found: Mapping[str, Any]) -> bytes:
+    """Each trial's score (sweep.sweep) and the best one so far, as a PNG; failed trials stand on the lower edge."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    share = found["optimise"].endswith("accuracy")
+    scale = 100 if share else 1
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for state, marker, colour in (("finished", "o", "C0"), ("pruned", "v", "0.6")):
+        rows = [row for row in found["trials"] if row["state"] == state and row["value"] is not None]
+        if rows:
+            values = [scale * row["value"] for row in rows]
+            axes.plot([row["trial"] for row in rows], values, marker, color=colour, markersize=4, label=state)
+    if failed := [row["trial"] for row in found["trials"] if row["state"] == "failed"]:
+        foot = axes.get_xaxis_transform()
+        axes.plot(failed, [0.02] * len(failed), "x", color="C3", markersize=5, transform=foot, label="failed")
+    finished = [row for row in found["trials"] if row["state"] == "finished"]
+    scores = np.array([row["value"] for row in finished])
+    so_far = (np.maximum if found["maximised"] else np.minimum).accumulate(scores)
+    steps = [*(row["trial"] for row in finished), len(found["trials"]) - 1]
+    axes.step(steps, scale * np.append(so_far, so_far[-1]), where="post", color="C1", label="best so far")
+    axes.set_xlabel("trial")
+    axes.set_ylabel(found["optimise"].replace("_", " ") + (" (%)" if share else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.ticklabel_format(useOffset=False)
+    axes.set_title(f"{found['sweep']}: {found['sampler']}", fontsize=10, parse_math=False)
+    axes.legend()
+    return _png(figure)
+
+
+def sweep_importances(found: Mapping[str, Any]) -> bytes:
+    """How much of the spread of a sweep's results each setting explains, as a PNG."""
+    from matplotlib.figure import Figure
+
+    shares = found["importances"]
+    figure = Figure(figsize=(7, 1.4 + 0.35 * max(len(shares), 1)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    if shares:
+        bars = axes.barh([shortened(key, 40) for key in shares], [100 * share for share in shares.values()], color="C0")
+        axes.bar_label(bars, fmt="%.0f %%", padding=3)
+        axes.invert_yaxis()
+    else:
+        axes.text(0.5, 0.5, "the finished trials do not differ", ha="center", transform=axes.transAxes)
+        axes.set_yticks([])
+    axes.set_xlim(0, 110)
+    axes.set_xlabel(f"% of the spread of {found['optimise']} that a setting explains (fANOVA)")
     return _png(figure)
 
 
