@@ -1,4 +1,4 @@
-"""The README's shell commands, in order: run as a script it prints those that install, a line each."""
+"""A page's shell commands, in order: run as a script it prints the README's that install, a line each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 
 
-def blocks() -> list[list[str]]:
+def blocks(page: Path = README) -> list[list[str]]:
     """The lines of each ```bash block."""
-    found = re.findall(r"^```bash\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return [[line for line in block.splitlines() if line and not line.startswith("#")] for block in found]
 
 
