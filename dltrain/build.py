@@ -151,6 +151,7 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
     freeze(model, config.model.frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"{'model.frozen leaves' if config.model.frozen else 'the model has'} no parameter to train")
+    _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
     sample = torch.rand(min(micro_size, TRIAL_IMAGES), *data.shape, generator=generator("sample"))
 
     def seconds(placement: Placement, mode: str = "off") -> float:
@@ -177,7 +178,6 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
     )
     placement = dataclasses.replace(placement, why={**placement.why, "images": f"{where} ({why})"})
     optimizers = make(model, config)
-    _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
     normalise = Normalise(data.normalisation, placement.device, placement.memory_format)
     if wants_data(model):
         initialise_from_data(model, normalise(data.train.images[:INITIAL_IMAGES].to(placement.device)))
