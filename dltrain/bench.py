@@ -134,7 +134,6 @@ def _recipe(
     kept: Kept = {}
     config = read_once(config, kept)
     device, _ = choose_device(config.train.device)
-    torch.use_deterministic_algorithms(False)  # a recipe before may have asked for them
     _forget_peak_memory(device)
     rows: list[Found] = []
     wrong: DltrainError | None = None

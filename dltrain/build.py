@@ -129,6 +129,8 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
     keep_memory()
     if config.train.deterministic:
         be_deterministic()
+    elif torch.are_deterministic_algorithms_enabled():  # by the run before in this process; the call takes two seconds
+        torch.use_deterministic_algorithms(False)
     for where, source in sources(config):
         optimizer_of(
             source, [nn.Parameter(torch.zeros(2, 2))], where

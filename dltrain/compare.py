@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dltrain import overview, registry
+from dltrain import overview, registry, rundir
 from dltrain.errors import ConfigError
 from dltrain.statistics import difference, interval
 from dltrain.text import shortened
@@ -83,7 +83,7 @@ def gather(paths: Sequence[Path], split: str, warn: Callable[[str], None]) -> tu
 def _read(path: Path, split: str) -> Result | str:
     """A run's result, or why it has none to compare."""
     try:
-        config, summary = overview.read_config(path), overview.read_summary(path)
+        config, summary = overview.read_config(path), rundir.read_summary(path)
     except OSError as error:
         return f"{path}: {error.strerror}"
     if summary is None:

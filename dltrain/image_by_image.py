@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dltrain import figures, trained
-from dltrain.build import load_data
+from dltrain.data.prepare import Prepared
 from dltrain.errors import ConfigError
 from dltrain.evaluate import Evaluation
 from dltrain.statistics import CONFIDENCE, mcnemar
@@ -42,18 +42,17 @@ def compare(
     first, second = models
     if first.classes != second.classes:
         raise ConfigError(f"{second.path}: tells other classes apart than {first.path}: no image is right with both")
-    images = _same_images(models, split, data_root, note)
-    evaluations = [trained.judge(model, split, data_root, note)[1] for model in models]
+    data = [trained.data_of(model, data_root, note) for model in models]
+    images = _same_images(models, data, split)
+    evaluations = [trained.judge_on(model, its, split)[1] for model, its in zip(models, data, strict=True)]
     found = counted(evaluations, split)
     draw = partial(_draw, images, first.classes, evaluations, split) if found["disagree"] else None
     return found, draw
 
 
-def _same_images(
-    models: Sequence[Trained], split: str, data_root: str | None, note: Callable[[str], None]
-) -> torch.Tensor:
+def _same_images(models: Sequence[Trained], data: Sequence[Prepared], split: str) -> torch.Tensor:
     """The split's images, uint8 `[N, C, H, W]`, which are to be the same for both."""
-    first, second = (load_data(model.config, data_root, note).split(split) for model in models)
+    first, second = (its.split(split) for its in data)
     if not (torch.equal(first.labels, second.labels) and torch.equal(first.images, second.images)):
         which = "; which are held out depends on the seed" if split == "val" else ""
         raise ConfigError(f"{models[1].path}: its {split} images are not those of {models[0].path}{which}")

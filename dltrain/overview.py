@@ -6,7 +6,6 @@ Files can be torn, of another version, or somebody else's; what they do not say 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -57,17 +56,6 @@ def read_config(path: Path) -> dict[str, Any]:
         return written
 
 
-def read_summary(path: Path) -> dict[str, Any] | None:
-    """A run's results; None where it has none yet, or what there is was cut off."""
-    if not (path / "summary.json").is_file():
-        return None
-    try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return summary if isinstance(summary, dict) else None
-
-
 def scores(of_split: Any) -> dict[str, float]:
     """The finite numbers among a split's scores, by name."""
     if not isinstance(of_split, Mapping):
@@ -110,7 +98,7 @@ def row(path: Path, folder: Path, now: float) -> Found:
 
 def _stands(path: Path) -> Found:
     held = rundir.is_held(path)  # asked first: what a run writes as it ends is then there
-    config, summary = read_config(path), read_summary(path)
+    config, summary = read_config(path), rundir.read_summary(path)
     train = config.get("train")
     found: Found = {
         "config": _only(str, config.get("name")),

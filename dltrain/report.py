@@ -18,7 +18,6 @@ import torch
 
 from dltrain import __version__, overview, rundir, trained, yamlfile
 from dltrain import config as configs
-from dltrain.build import load_data
 from dltrain.chart import Bar, Line, chart, thinned
 from dltrain.compare import differences
 from dltrain.data.dataset import Split
@@ -94,7 +93,7 @@ def read(path: Path, plugins: Sequence[Path] = ()) -> Record:
     if not config:
         raise CheckpointError(f"{path}: its config.yaml is missing or not readable")
     stands = overview.row(path, path, time.time())
-    summary = overview.read_summary(path)
+    summary = rundir.read_summary(path)
     records = list(rundir.records(path))
     return Record(
         path,
@@ -168,8 +167,9 @@ def judge(run: Record, device: str, root: str | None, plugins: Sequence[Path], n
         if where.state in (State.ABSENT, State.INCOMPLETE):
             raise DataError(f"{source.name} is not in {where.folder}: --data-root says where it is")
         note(f"{run.path}: evaluating on {split}")
-        report, evaluation = trained.judge(model, split, root, note)
-        images = load_data(model.config, root, lambda text: None).split(split)  # said by `judge`, which gives no images
+        data = trained.data_of(model, root, note)
+        report, evaluation = trained.judge_on(model, data, split)
+        images = data.split(split)
         parameters = sum(each.numel() for each in model.model.parameters())
         found = {"split": split, "parameters": parameters, "images": len(images), "scores": evaluation.scores()}
         if model.task.classifies:

@@ -198,6 +198,17 @@ def latest(path: Path, read: Callable[[Path], _T], warn: Callable[[str], None]) 
     return None
 
 
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """A run's results; None where it has none yet, or what there is was cut off."""
+    if not (path / "summary.json").is_file():
+        return None
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl; what is no record, as a last line that was cut off by a kill, is left out."""
     metrics = path / "metrics.jsonl"

@@ -92,7 +92,7 @@ def resume(
         log.note(f"changed settings: {'; '.join(changes)}")
         folder.append({"kind": "changed", "step": run.global_step, "settings": changes})
     folder.write("config.yaml", config.yaml())
-    if not changes and is_over(run) and (finished := _finished(folder.path)):
+    if not changes and is_over(run) and (finished := rundir.read_summary(folder.path)):
         log.note("this run is finished; --set train.epochs=… trains it further")
         return finished
     (folder.path / "summary.json").unlink(missing_ok=True)  # of what the run was; it says that a run is finished
@@ -100,17 +100,6 @@ def resume(
         (folder.path / "best.safetensors").unlink(missing_ok=True)  # the last weights are others by now
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
-
-
-def _finished(path: Path) -> dict[str, Any] | None:
-    """The summary of a run that has one; one that is torn is written again."""
-    if not (path / "summary.json").exists():
-        return None
-    try:
-        summary: dict[str, Any] = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return summary
 
 
 def _written_config(path: Path, plugins: Sequence[Path]) -> dict[str, Any]:

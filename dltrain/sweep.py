@@ -27,7 +27,6 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-import torch
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedTrialError
@@ -337,8 +336,6 @@ class _Worker:
                 raise TrialPruned
 
         folder.watch = watch
-        if torch.are_deterministic_algorithms_enabled():  # a trial before asked for them; the call takes two seconds
-            torch.use_deterministic_algorithms(False)
         shared = read_once(config, self.kept)
         if (folder.path / "config.yaml").exists():
             summary = runs.resume(

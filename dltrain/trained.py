@@ -18,7 +18,7 @@ from dltrain import config as configs
 from dltrain.build import build_model, load_data, loss_of, task_of
 from dltrain.config import Config
 from dltrain.data.batches import Normalise
-from dltrain.data.prepare import Normalisation
+from dltrain.data.prepare import Normalisation, Prepared
 from dltrain.device import Placement, place
 from dltrain.errors import CheckpointError, ConfigError
 from dltrain.evaluate import Evaluation, check_views, evaluate
@@ -133,10 +133,8 @@ def load(path: Path, device: str, warn: Callable[[str], None], plugins: Sequence
     return Trained(path, config, model, task, classes, shape, normalise, placement, files, meta.step, chosen_by)
 
 
-def judge(
-    trained: Trained, split: str, data_root: str | None, note: Callable[[str], None]
-) -> tuple[dict[str, Any], Evaluation]:
-    """The model's scores on a split of the data it was configured for, JSON-able, and what they come from."""
+def data_of(trained: Trained, data_root: str | None, note: Callable[[str], None]) -> Prepared:
+    """The data that the model was configured for.  Raises CheckpointError where it is of other classes or sizes."""
     data = load_data(trained.config, data_root, note)
     if data.classes != trained.classes or data.shape != trained.shape:
         found = f"{len(data.classes)} classes of {list(data.shape)} images"
@@ -146,6 +144,18 @@ def judge(
         )
     if data.files != trained.files:
         note("the data files are not the ones that this model was trained on: their digests differ")
+    return data
+
+
+def judge(
+    trained: Trained, split: str, data_root: str | None, note: Callable[[str], None]
+) -> tuple[dict[str, Any], Evaluation]:
+    """The model's scores on a split of the data it was configured for, JSON-able, and what they come from."""
+    return judge_on(trained, data_of(trained, data_root, note), split)
+
+
+def judge_on(trained: Trained, data: Prepared, split: str) -> tuple[dict[str, Any], Evaluation]:
+    """As `judge`, on data that is read already."""
     loss = loss_of(trained.config, data.train.labels, len(data.classes))
     views = trained.config.evaluate.views
     asked = data.split(split)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import re
 import signal
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from dltrain import config as configs
@@ -241,9 +239,8 @@ def _same(starts: Sequence[_Start]) -> str:
 def _train(point: Point, start: _Start, console: Console, quiet: bool) -> Found:
     """Trains a point, or goes on with it, or takes it as it is where it is finished."""
     diverged = None
-    summary = _finished(point.path)
+    summary = rundir.read_summary(point.path)
     if summary is None:
-        torch.use_deterministic_algorithms(False)  # the run before may have asked for them
         with closing(rundir.RunFolder(point.path, resume=True)) as folder:
             try:
                 if (point.path / "config.yaml").exists():
@@ -273,15 +270,6 @@ def _train(point: Point, start: _Start, console: Console, quiet: bool) -> Found:
         "test": summary and summary["test"],
         "curve": curve,
     }
-
-
-def _finished(run: Path) -> Found | None:
-    """The summary of a run that is over."""
-    try:
-        summary: Found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it is torn
-        return None
-    return summary
 
 
 def _curve(run: Path, images: int) -> list[Found]:

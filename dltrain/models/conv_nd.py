@@ -9,7 +9,7 @@ from pydantic import Field
 from dltrain.lazy import nn
 from dltrain.models.activations import Shape
 from dltrain.models.initial import start
-from dltrain.models.layers import Width, image, margins, show
+from dltrain.models.layers import Width, check_groups, image, margins, show
 from dltrain.registry import Init, NonNegativeInt, PositiveInt, register
 
 Sides = PositiveInt | Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]  # of a volume
@@ -116,8 +116,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What torch's convolutions of any dimension take; split: input channels, output channels, groups."""
     channels, width, groups = split
-    if channels % groups or width % groups:
-        raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
+    check_groups(channels, width, groups)
     return {
         "kernel_size": tuple(window),
         "stride": stride,

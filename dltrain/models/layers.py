@@ -87,6 +87,12 @@ def image(shape: Shape) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def check_groups(channels: int, width: int, groups: int) -> None:
+    """Raises ValueError where a convolution's input and output channels cannot be split into so many groups."""
+    if channels % groups or width % groups:
+        raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
+
+
 def margins(window: Sequence[int], padding: int | str, dilation: int) -> tuple[int, ...]:
     """What a convolution adds at each side, in each dimension of its window: so many, none (valid), or to keep a size.
 
@@ -145,8 +151,7 @@ def conv(
     channels, _, _ = image(shape)
     width = outputs if out == "classes" else out
     groups = channels if groups == "depthwise" else groups
-    if channels % groups or width % groups:
-        raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
+    check_groups(channels, width, groups)
     window = kernel if isinstance(kernel, list) else [kernel, kernel]
     settings: dict[str, Any] = {
         "kernel_size": tuple(window),
@@ -200,8 +205,7 @@ def conv_transpose(
     """
     channels, _, _ = image(shape)
     width = outputs if out == "classes" else out
-    if channels % groups or width % groups:
-        raise ValueError(f"groups: {groups} divides not both {channels} input and {width} output channels")
+    check_groups(channels, width, groups)
     return start(nn.ConvTranspose2d(channels, width, kernel, stride, padding, output_padding, groups, bias=bias), init)
 
 
