@@ -52,8 +52,10 @@ class Followers:
 def evaluation_weights(run: Run, batches: Batches) -> Iterator[None]:
     """Within, the model holds what the run is evaluated at; after it, its own weights again, bit for bit."""
     optimizers, average = run.setup.optimizers, run.setup.config.train.average
+    processes = run.setup.processes
     other = run.average or optimizers.evaluation_weights()
     if not other:
+        processes.copy_first(run.setup.model.buffers())  # batch norm's running statistics, which nothing trains by
         yield
         return
     live = run.setup.model.state_dict()
@@ -63,6 +65,7 @@ def evaluation_weights(run: Run, batches: Batches) -> Iterator[None]:
     try:
         if average is None or average.entry.facts.get("reestimates"):
             reestimate_batchnorm(run.setup.model, batches, run.setup.placement)
+        processes.copy_first(run.setup.model.buffers())
         yield
     finally:
         for name, tensor in own.items():

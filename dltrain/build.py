@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,13 +14,14 @@ from torch import nn
 
 from dltrain import compiling
 from dltrain.config import Config, View
-from dltrain.data.batches import Batches, Normalise
+from dltrain.data.batches import Batches, Normalise, part_size
 from dltrain.data.dataset import Dataset, Split
 from dltrain.data.files import Files, data_root
 from dltrain.data.prefetch import free_memory, where_images_live
 from dltrain.data.prepare import Prepared, prepare
 from dltrain.data.random import generator
-from dltrain.device import Placement, be_deterministic, keep_memory, place
+from dltrain.device import Placement, be_deterministic, bits_depend_on, keep_memory, place
+from dltrain.distributed import ALONE, Processes, Replica, share_batchnorm
 from dltrain.errors import ConfigError
 from dltrain.evaluate import Evaluation, check_views, evaluate
 from dltrain.groups import Optimizers, freeze, make, optimizer_of, sources
@@ -48,7 +50,8 @@ class Setup:
     normalise: Normalise
     resident: bool  # whether the training images live on the device
     step_size: int  # images in a step
-    micro_size: int  # images that go through the model at once
+    micro_size: int  # images that go through the model at once, in one process
+    processes: Processes = ALONE
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -57,6 +60,23 @@ class Setup:
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images float32 `[B, C, H, W]` and their targets -> the mean loss `[]` and the model's outputs `[B, K]`."""
+        if self.processes.world > 1:
+            return self._replica(images, targets)
+        return self._forward(images, targets)
+
+    @cached_property
+    def _replica(self) -> Replica:
+        return Replica(self.model, self._forward)
+
+    def meet(self) -> Replica | None:
+        """Makes what shares gradients among the processes, which takes seconds, before a step asks for it."""
+        return self._replica if self.processes.world > 1 else None
+
+    def unshared(self) -> AbstractContextManager[None]:
+        """Within, gradients are added up in this process alone; the next backward pass after it shares them."""
+        return self._replica.alone()
+
+    def _forward(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.placement.compile != "off":
             with span("forward and loss"):
                 return self._compiled(images, targets)
@@ -67,13 +87,17 @@ class Setup:
 
     @cached_property
     def _compiled(self) -> compiling.Forward:
-        whole_step = self.micro_size == self.step_size and not self.config.optim.sam_rho
+        whole_step = (
+            self.micro_size >= part_size(self.step_size, 0, self.processes.world) and not self.config.optim.sam_rho
+        )
         loss = partial(self.loss.entry.factory, **self.loss.args)
         return compiling.compiled(self.model, loss, self.placement, self.placement.compile, whole_step)
 
     def evaluate(self, split: Split, views: Sequence[View] = ()) -> Evaluation:
         """What the model makes of a split as it stands; over the views, if any."""
-        return evaluate(self.model, split, self.normalise, self.placement, self.loss, self.task, views)
+        return evaluate(
+            self.model, split, self.normalise, self.placement, self.loss, self.task, views, processes=self.processes
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -94,6 +118,8 @@ class Setup:
             balance=self.config.data.balance,
             resident=self.resident,
             device=self.placement.device,
+            rank=self.processes.rank,
+            world=self.processes.world,
         )
 
 
@@ -121,10 +147,16 @@ def build_model(config: Config, shape: tuple[int, ...], classes: int) -> nn.Modu
     return model
 
 
-def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, Any] | None = None) -> Setup:
+def build(
+    config: Config,
+    note: Callable[[str], None],
+    recorded: Mapping[str, Any] | None = None,
+    processes: Processes = ALONE,
+) -> Setup:
     """Builds all of a run.  Raises ConfigError where its parts do not fit each other.
 
     recorded: what the bits of the run depended on so far, which `auto` keeps to
+    processes: that train it together; in each the same is built
     """
     keep_memory()
     if config.train.deterministic:
@@ -148,18 +180,23 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
     if step_size > len(data.train):
         text = f"{step_size} images in a batch, {len(data.train)} in the training set"
         raise ConfigError(f"descent.batch_size: {text}; lower it, or set descent.variant to batch")
+    if processes.world > 1:
+        _check_parts(config, len(data.train), step_size, micro_size, processes.world)
     model = build_model(config, data.shape, len(data.classes))
     task.check(shape_after(model, data.shape), data.train.labels)
     freeze(model, config.model.frozen)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"{'model.frozen leaves' if config.model.frozen else 'the model has'} no parameter to train")
-    _check_batchnorm(model, data.shape, _smallest(len(data.train), step_size, micro_size))
+    together = 1 if config.train.sync_batchnorm else processes.world  # processes whose images are normalised apart
+    _check_batchnorm(model, data.shape, min(_smallest(len(data.train), step_size, micro_size, together)))
     sample = torch.rand(min(micro_size, TRIAL_IMAGES), *data.shape, generator=generator("sample"))
 
     def seconds(placement: Placement, mode: str = "off") -> float:
         return compiling.seconds_of_a_step(model, loss, placement, sample, task.example(len(sample))[1], mode)
 
     asked = config.train
+    if not processes.first:
+        recorded = processes.tell()  # what `auto` chose in the first
     placement = place(asked.device, asked.precision, asked.memory_format, model, recorded=recorded, seconds=seconds)
     if asked.compile != "auto":
         mode: str = asked.compile
@@ -170,6 +207,8 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
         steps = len(data.train) * asked.epochs // len(sample)
         mode, why = compiling.choose(seconds(placement), steps, lambda: seconds(placement, "default"))
     placement = dataclasses.replace(placement, compile=mode, why={**placement.why, "compile": f"{mode} ({why})"})
+    if processes.first:
+        processes.tell(bits_depend_on(placement))
     placement.take(model)
     where, why = where_images_live(
         data.train.images.nbytes,
@@ -180,11 +219,26 @@ def build(config: Config, note: Callable[[str], None], recorded: Mapping[str, An
     )
     placement = dataclasses.replace(placement, why={**placement.why, "images": f"{where} ({why})"})
     optimizers = make(model, config)
+    if asked.sync_batchnorm and processes.world > 1:
+        share_batchnorm(model, processes)
     normalise = Normalise(data.normalisation, placement.device, placement.memory_format)
     if wants_data(model):
         initialise_from_data(model, normalise(data.train.images[:INITIAL_IMAGES].to(placement.device)))
+    if not processes.first:  # all have drawn the same weights; dropout is to be each one's own
+        torch.manual_seed(generator("process", config.seed, processes.rank).initial_seed())
     return Setup(
-        config, data, model, optimizers, loss, task, placement, normalise, where == "resident", step_size, micro_size
+        config,
+        data,
+        model,
+        optimizers,
+        loss,
+        task,
+        placement,
+        normalise,
+        where == "resident",
+        step_size,
+        micro_size,
+        processes,
     )
 
 
@@ -196,10 +250,29 @@ def loss_of(config: Config, labels: torch.Tensor, classes: int) -> Component:
     return dataclasses.replace(config.loss, args={**config.loss.args, "class_weights": weights})
 
 
-def _smallest(images: int, step_size: int, micro_size: int) -> int:
-    """The smallest number of images that ever goes through the model at once."""
-    last_step = images % step_size or step_size
-    return min(micro_size, step_size % micro_size or micro_size, last_step % micro_size or micro_size)
+def _smallest(images: int, step_size: int, micro_size: int, world: int) -> Iterator[int]:
+    """The smallest numbers of images that ever go through the model at once."""
+    for step in (step_size, images % step_size or step_size):
+        for rank in range(world):
+            own = part_size(step, rank, world)
+            yield min(micro_size, own % micro_size or micro_size)
+
+
+def _check_parts(config: Config, images: int, step_size: int, micro_size: int, world: int) -> None:
+    """Each process needs an image of every step, and what they do together each has to do as often."""
+    asked = config.train
+    if ":" in asked.device:
+        raise ConfigError(f"train.device: {asked.device}: {world} processes take a device each: set it to cuda")
+    for step in (step_size, images % step_size or step_size):
+        if step < world:
+            text = f"a step of {step} image{'s' * (step > 1)} cannot be shared by {world} processes"
+            raise ConfigError(f"{text}: start fewer, or choose another descent.batch_size, data.val or data.limit")
+        most, least = (-(-part_size(step, rank, world) // micro_size) for rank in (0, world - 1))
+        if asked.sync_batchnorm and most != least:
+            text = f"of a step of {step} images one process has {most} micro-batches and another {least}"
+            raise ConfigError(f"train.sync_batchnorm: {text}: choose another descent.micro_batch_size")
+    if asked.sync_batchnorm and asked.compile not in ("auto", "off"):
+        raise ConfigError(f"train.sync_batchnorm: {world} processes cannot compile it: set train.compile: off")
 
 
 def _check_batchnorm(model: nn.Module, shape: tuple[int, ...], images: int) -> None:

@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -21,10 +21,23 @@ import typer
 from rich.console import Console
 
 from dltrain import __version__
-from dltrain.errors import CheckpointError, ConfigError, DeviceError, DltrainError, OutputError, Stopped, names_memory
+from dltrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    DltrainError,
+    OutputError,
+    PeerLostError,
+    Stopped,
+    names_memory,
+    names_peer,
+)
 
 if TYPE_CHECKING:
     from dltrain.config import Config
+    from dltrain.distributed import Processes
+    from dltrain.rundir import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,6 +126,7 @@ def _options(
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="A YAML file, a shipped config's name, or a run to resume.")
     ],
@@ -135,6 +149,10 @@ def train(
             help="Measure where a step's time goes, write a trace to --out (default: runs/<name>/profile), stop.",
         ),
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Share each step's images among N processes of this machine."),
+    ] = None,
     plugin: Plugins = [],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
     as_json: Json = False,
@@ -149,6 +167,18 @@ def train(
         raise ConfigError("--dry-run keeps nothing and --resume goes on with a run: give one of them")
     if profile and (resume or dry_run):
         raise ConfigError(f"--profile and {'--resume' if resume else '--dry-run'}: give one of them")
+    from dltrain import launch
+
+    if (processes or 1) > 1 and not launch.is_started_here():
+        if profile or dry_run:
+            raise ConfigError(
+                f"--processes: {'--profile' if profile else '--dry-run'} looks at one process: leave it out"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("--processes: torchrun has started the processes: leave it out")
+        if not resume:
+            _load(config, overrides)  # what is wrong with it is said before anything is started
+        raise typer.Exit(launch.launch(context.obj, processes or 1))
     if resume:
         _resume(config, overrides, out, allow_inexact, plugin, quiet, as_json)
         return
@@ -163,11 +193,35 @@ def train(
 
     from dltrain import rundir
 
-    folder = rundir.RunFolder(out, resume=False) if out else rundir.create(Path("runs"), loaded.name)
-    with contextlib.closing(folder):
+    def folder() -> rundir.RunFolder:
+        return rundir.RunFolder(out, resume=False) if out else rundir.create(Path("runs"), loaded.name)
+
+    with _together(folder, quiet) as (held, process, still):
         from dltrain import runs, tables
 
-        _show(runs.start(loaded, folder, notes, quiet), as_json, tables.result, notes)
+        found = runs.start(loaded, held, notes, still, process)
+        if process.first:
+            _show(found, as_json, tables.result, notes)
+
+
+@contextlib.contextmanager
+def _together(folder: Callable[[], RunFolder], quiet: bool) -> Iterator[tuple[RunFolder, Processes, bool]]:
+    """The run's folder, held by the first of the processes that train it, and whether this one is to be quiet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with contextlib.closing(folder()) as held:
+            from dltrain import distributed
+
+            yield held, distributed.ALONE, quiet
+        return
+    from dltrain import distributed, rundir
+
+    with distributed.joined() as processes:
+        if processes.first:
+            with contextlib.closing(folder()) as held:
+                processes.tell(held.path)
+                yield held, processes, quiet
+        else:
+            yield rundir.Reader(processes.tell()), processes, True
 
 
 def _resume(
@@ -189,7 +243,7 @@ def _resume(
     wanted = _load(config, overrides) if out else None
     trusted = [*plugins, *(Path(path) for path in wanted.plugins)] if wanted else plugins
     notes = _console(to_stderr=as_json)
-    with contextlib.closing(rundir.RunFolder(path, resume=True)) as folder:
+    with _together(lambda: rundir.RunFolder(path, resume=True), quiet) as (folder, process, still):
         from dltrain import runs, tables
 
         def given(before: dict[str, Any]) -> Config:
@@ -199,7 +253,9 @@ def _resume(
                 raise ConfigError(f"{config}: is not what this run was started with ({'; '.join(others[:5])}): {mend}")
             return after
 
-        _show(runs.resume(folder, given, notes, quiet, allow_inexact, trusted), as_json, tables.result, notes)
+        found = runs.resume(folder, given, notes, still, allow_inexact, trusted, process)
+        if process.first:
+            _show(found, as_json, tables.result, notes)
 
 
 def _load(config: str, overrides: list[str]) -> Config:
@@ -725,6 +781,10 @@ def data_verify(names: Annotated[list[str], typer.Argument(metavar="NAME…")], 
 def main() -> None:
     """Runs the command line; every way out of it passes here."""
     threading.excepthook = _thread_failed
+    if not _is_alone():
+        from dltrain import launch
+
+        launch.follow()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  for as long as the process lives
@@ -741,21 +801,43 @@ def _thread_failed(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
+def _is_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that speaks, of those that train together."""
+    return _is_alone() or os.environ.get("RANK") == "0"
+
+
+def _failed(error: DltrainError) -> int:
+    """Says an error, once: what all processes of a run meet, the first one says."""
+    from dltrain import launch
+
+    lost = isinstance(error, PeerLostError)
+    if lost and launch.is_started_here():
+        return launch.LOST  # whoever started the processes knows which has gone, and why
+    own = isinstance(error, DataError | DeviceError) and not lost  # what another machine may not meet
+    if _is_first() or own or launch.is_started_here():  # which shows the others' only where the first one has none
+        for line in str(error).splitlines():
+            _say(f"error: {line}")
+    return error.exit_code
+
+
 def run(arguments: list[str]) -> int:
     """Runs one command; returns its exit code.  A traceback means a bug of ours."""
     # click's, or the copy of it inside newer versions of typer
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
-        code = app(arguments, prog_name="dltrain", standalone_mode=False)
+        code = app(arguments, prog_name="dltrain", standalone_mode=False, obj=arguments)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except Stopped as stopped:  # as asked to: no error
-        _say(str(stopped))
+        if _is_first():
+            _say(str(stopped))
         return stopped.exit_code
     except DltrainError as error:
-        for line in str(error).splitlines():
-            _say(f"error: {line}")
-        return error.exit_code
+        return _failed(error)
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped; a run that was training goes on with: dltrain train --resume RUN")
         return 130
@@ -775,6 +857,8 @@ def run(arguments: list[str]) -> int:
         _say(f"error: {error.filename or 'standard output'}: {error.strerror} (errno {error.errno})")
         return OutputError.exit_code
     except (MemoryError, RuntimeError) as error:
+        if not _is_alone() and names_peer(error):
+            return _failed(PeerLostError("another process of this run has gone, and this one ends with it"))
         if not names_memory(error):
             raise
         reason = str(error).partition("\n")[0] or "Python could not allocate any more"

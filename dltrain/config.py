@@ -222,6 +222,8 @@ class Train(Settings):
     log_every_steps: steps between two log lines
     checkpoint_every_steps: save after every so many steps, besides the clock
     checkpoint_every_minutes: save when this much time has passed since the last save
+    sync_batchnorm: of several processes, take batch norm's statistics from the images of all, not of each; of one
+        process it changes nothing
     """
 
     epochs: PositiveInt = 10
@@ -237,6 +239,7 @@ class Train(Settings):
     log_every_steps: PositiveInt = 50
     checkpoint_every_steps: PositiveInt | None = None
     checkpoint_every_minutes: Positive = 1.0
+    sync_batchnorm: bool = False
 
 
 class View(Settings):

@@ -38,6 +38,10 @@ class DeviceError(DltrainError):
     exit_code = 5
 
 
+class PeerLostError(DeviceError):
+    """Another process of the run has gone."""
+
+
 class OutputError(DltrainError):
     """An output that cannot be written: a full disk, a path that is not writable."""
 
@@ -54,6 +58,12 @@ class RunTakenError(DltrainError):
     """A run folder that another process holds, or that holds a run already."""
 
     exit_code = 8
+
+
+def names_peer(error: Exception) -> bool:
+    """Whether an error says that another process of the run does not answer; torch's class says it of nccl alone."""
+    classes = {each.__name__ for each in type(error).__mro__}
+    return "DistError" in classes or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 def names_memory(error: Exception) -> bool:

@@ -16,6 +16,7 @@ from dltrain.data.batches import Normalise
 from dltrain.data.dataset import Split
 from dltrain.data.random import Random
 from dltrain.device import Placement
+from dltrain.distributed import ALONE, Processes
 from dltrain.errors import ConfigError
 from dltrain.registry import Component
 from dltrain.tasks import Task
@@ -54,39 +55,50 @@ def evaluate(
     loss: Component,
     task: Task,
     views: Sequence[View] = (),
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Runs the model over a split in evaluation mode, and puts it back in the mode it was in.
 
     views: what of each image its outputs are averaged over; none: the image as it is
+    processes: that have the same model, and evaluate a part each; all are given the whole
     """
     start = perf_counter()
     training = model.training
     model.eval()
-    outputs = torch.empty(0)
+    outputs: torch.Tensor | None = None
+    parts = split.images.split(BATCH)
     labels = split.labels.to(placement.device)
     keep = len(split) if task.kept is None else min(task.kept, len(split))
     losses, scores, plain_scores = [], [], []
     with torch.inference_mode(), placement.autocast():
-        for at, images in enumerate(split.images.split(BATCH)):
+        for at, images in enumerate(parts):
+            own = at % processes.world == processes.rank
+            if not own and (at or processes.rank < len(parts)):
+                continue  # where there are fewer parts than processes, the others run the first, and it counts once
             images = images.to(placement.device)
             targets = labels[at * BATCH :][: len(images)]
             if views:
                 found, plain = over_views(model, images, normalise, views)
-                plain_scores.append(task.scores(plain, targets).sum())
+                plain_scores.append(task.scores(plain, targets).sum() * own)
             else:
                 draw = partial(Random, "evaluation", at, seed=0, epoch=0, index=targets, device=placement.device)
                 inputs, targets = task.batch(images, targets, normalise, draw)
                 found = model(inputs).float()
-            if not at:  # one block: small results kept between large ones leave holes that nothing large fits in again
-                outputs = found.new_empty(keep, *found.shape[1:])
-            if at * BATCH < keep:
+            if outputs is None:  # one block: small results between large ones leave holes that nothing large fits in
+                outputs = found.new_zeros(keep, *found.shape[1:])
+            if own and at * BATCH < keep:
                 outputs[at * BATCH : at * BATCH + len(found)] = found[: keep - at * BATCH]
-            losses.append(loss(found, targets) * len(found))
-            scores.append(task.scores(found, targets).sum())
-        mean_loss, score = (torch.stack(sums).sum().item() / len(split) for sums in (losses, scores))  # waits
-    kept = outputs.cpu()
+            losses.append(loss(found, targets) * (len(found) * own))
+            scores.append(task.scores(found, targets).sum() * own)
+        assert outputs is not None  # a split has images
+
+        def mean(sums: list[torch.Tensor]) -> float:
+            return processes.add(torch.stack(sums).sum()).item() / len(split)  # waits
+
+        mean_loss, score = mean(losses), mean(scores)
+        plain_accuracy = mean(plain_scores) if views else None
+        kept = processes.add(outputs).cpu()
     model.train(training)
-    plain_accuracy = torch.stack(plain_scores).sum().item() / len(split) if views else None
     figures = {task.score: score, **task.also(kept, split.labels)}
     return Evaluation(mean_loss, figures, kept, split.labels, perf_counter() - start, plain_accuracy)
 

@@ -44,6 +44,8 @@ class Log:
 
     def begin(self, run: Run) -> AbstractContextManager[Any]:
         """Opens TensorBoard's file and, on a terminal, the progress bar, which the result ends."""
+        if not run.setup.processes.first:
+            return nullcontext()
         self.board = Board(self.folder.path, run, warn)
         if self.quiet or not self.console.is_terminal:
             return nullcontext()
@@ -99,7 +101,7 @@ class Log:
         self.folder.append(record)
         if self.board:
             self.board.epoch(val, example)
-        if run.setup.config.tensorboard.layers:
+        if run.setup.config.tensorboard.layers and run.setup.processes.first:
             found = layer_statistics(run.setup)
             self.folder.append({"kind": "layers", "step": run.global_step, "epoch": epoch, **found})
             if self.board:

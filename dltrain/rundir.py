@@ -104,6 +104,9 @@ class RunFolder:
     def write(self, name: str, content: str | bytes) -> None:
         write_atomically(self.path / name, content.encode() if isinstance(content, str) else content)
 
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
     def append(self, record: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
@@ -126,6 +129,21 @@ class RunFolder:
         write_atomically(self.checkpoints / f"step-{step:09d}.safetensors", content)
         for old in steps(self.path)[KEPT:]:
             old.unlink()
+
+
+class Reader(RunFolder):
+    """A run's folder as those processes of the run have it that write nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def close(self) -> None: ...
+    def discard(self) -> None: ...
+    def write(self, name: str, content: str | bytes) -> None: ...
+    def append(self, record: dict[str, Any]) -> None: ...
+    def forget_after(self, step: int) -> None: ...
+    def save(self, step: int, content: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
 
 
 def is_held(path: Path) -> bool:

@@ -15,7 +15,17 @@ from dltrain import config as configs
 from dltrain.build import Setup, build
 from dltrain.config import Config
 from dltrain.device import environment
-from dltrain.errors import CheckpointError, ConfigError, DeviceError, DivergedError, OutputError, names_memory
+from dltrain.distributed import ALONE, Processes
+from dltrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    DivergedError,
+    OutputError,
+    PeerLostError,
+    names_memory,
+    names_peer,
+)
 from dltrain.evaluate import Evaluation
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
@@ -33,11 +43,13 @@ FREE = ("data.root:", "data.verify:", "data.augment:", "data.resident:", "descen
 Saved = tuple[Path, Tensors, dict[str, Any]]
 
 
-def start(config: Config, folder: RunFolder, console: Console, quiet: bool) -> dict[str, Any]:
+def start(
+    config: Config, folder: RunFolder, console: Console, quiet: bool, processes: Processes = ALONE
+) -> dict[str, Any]:
     """Trains a new run and gives its summary; a folder in which nothing could be trained is taken back."""
     log = Log(folder, console, quiet)
     try:
-        setup = build(config, log.note)
+        setup = build(config, log.note, processes=processes)
     except BaseException:
         folder.discard()
         raise
@@ -62,6 +74,7 @@ def resume(
     quiet: bool,
     allow_inexact: bool,
     plugins: Sequence[Path] = (),
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Goes on with a run from its latest checkpoint that is whole, or from its start where there is none.
 
@@ -69,14 +82,19 @@ def resume(
     plugins: files with components that the user trusts
     """
     log = Log(folder, console, quiet)
-    saved: Saved | None = rundir.latest(folder.path, lambda path: (path, *checkpoint.read(path)), warn)
+    saved: Saved | None = None
+    if processes.first:
+        saved = rundir.latest(folder.path, lambda path: (path, *checkpoint.read(path)), warn)
+        processes.tell(saved and saved[0])
+    elif latest := processes.tell():
+        saved = (latest, *checkpoint.read(latest))
     before = saved[2]["config"] if saved else _written_config(folder.path, plugins)
     config = given(before)
     changes = differences(before, config.plain())
     if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
         text = "say what an epoch, a step, the held-out images or the best weights so far are: start a new run for them"
         raise ConfigError(f"{folder.path}: {'; '.join(fixed)}: these settings {text}")
-    setup = build(config, log.note, saved[2]["bits"] if saved else None)
+    setup = build(config, log.note, saved[2]["bits"] if saved else None, processes)
     run = new_run(setup)
     if saved is None:
         log.note("no checkpoint is whole yet: training starts at the first step")
@@ -92,12 +110,13 @@ def resume(
         log.note(f"changed settings: {'; '.join(changes)}")
         folder.append({"kind": "changed", "step": run.global_step, "settings": changes})
     folder.write("config.yaml", config.yaml())
-    if not changes and is_over(run) and (finished := rundir.read_summary(folder.path)):
+    finished = processes.tell(rundir.read_summary(folder.path) if processes.first else None)
+    if not changes and is_over(run) and finished:
         log.note("this run is finished; --set train.epochs=… trains it further")
-        return finished
-    (folder.path / "summary.json").unlink(missing_ok=True)  # of what the run was; it says that a run is finished
+        return dict(finished)
+    folder.remove("summary.json")  # of what the run was; it says that a run is finished
     if config.chosen_by == "last":
-        (folder.path / "best.safetensors").unlink(missing_ok=True)  # the last weights are others by now
+        folder.remove("best.safetensors")  # the last weights are others by now
     log.note(f"going on after step {run.global_step}")
     return _train(run, folder, log)
 
@@ -123,7 +142,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 def _refuse_other_bits(saved: Saved, run: Run, allow_inexact: bool) -> None:
     path, _, meta = saved
-    changed = differences(meta["bits"], run.bits())
+    changed = differences({"processes": 1, **meta["bits"]}, run.bits())
     changed += [f"data {change}" for change in differences(meta["data"]["files"], dict(run.setup.data.files))]
     if changed and not allow_inexact:
         text = f"would not end in the same bits: {'; '.join(changed)}; --allow-inexact goes on all the same"
@@ -145,6 +164,9 @@ def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     except OutputError as error:
         raise OutputError(f"{error}; once it can be written: {go_on(run, folder)}") from error
     except (MemoryError, RuntimeError) as error:
+        if names_peer(error):
+            text = "another process of this run has gone, and this one ends with it"
+            raise PeerLostError(f"{text}; go on with: {go_on(run, folder)}") from error
         if not names_memory(error):
             raise
         mended = _out_of_memory(run, folder)

@@ -56,8 +56,11 @@ class Run:
     slow: Tensors | None = None  # parameters at the last look back, where optim.lookahead asks for it
     progress: Progress = field(default_factory=Progress)
 
-    def encode(self) -> bytes:
-        """The checkpoint that `restore` goes on from."""
+    def encode(self, generators: Tensors | None = None) -> bytes:
+        """The checkpoint that `restore` goes on from.
+
+        generators: what `generators` gave, where several processes have asked for it together
+        """
         tensors = {f"model.{name}": tensor for name, tensor in self.setup.model.state_dict().items()}
         for group, kept in (("average", self.average), ("slow", self.slow)):
             tensors |= {f"{group}.{name}": tensor for name, tensor in (kept or {}).items()}
@@ -75,7 +78,7 @@ class Run:
                 else:
                     scalars.setdefault(name, {})[key] = value
         tensors["sums"] = self.sums
-        tensors |= {f"rng.{name}": state for name, state in _rng_states(self.setup.placement.device).items()}
+        tensors |= {f"rng.{name}": state for name, state in (generators or self.generators()).items()}
         best, at = self.progress.best, self.global_step
         own = self.setup.model.state_dict()  # what the best weights are at their step, but where averages are evaluated
         if best and not all(torch.equal(tensor, own[name]) for name, tensor in best.weights.items()):
@@ -89,6 +92,12 @@ class Run:
             "scalars": scalars,
         }
         return checkpoint.encode(tensors, meta)
+
+    def generators(self) -> Tensors:
+        """The states of torch's global generators, which dropout draws from: of several processes a row each."""
+        gather = self.setup.processes.gather
+        states = {name: gather(state) for name, state in _rng_states(self.setup.placement.device).items()}
+        return {name: torch.stack(rows) if len(rows) > 1 else rows[0] for name, rows in states.items()}
 
     def encode_weights(self, weights: Mapping[str, torch.Tensor], step: int) -> bytes:
         """A checkpoint of weights alone, to evaluate and not to go on from."""
@@ -109,7 +118,9 @@ class Run:
 
     def bits(self) -> dict[str, Any]:
         """What must be the same for the run to end in the same bits, beside its config and data."""
-        return {**bits_depend_on(self.setup.placement), "plugins": digests(self.setup.config.plugins)}
+        world = self.setup.processes.world
+        plugins = digests(self.setup.config.plugins)
+        return {**bits_depend_on(self.setup.placement), "plugins": plugins, "processes": world}
 
     def _classes(self) -> dict[str, str]:
         """The optimizer of each parameter that has one."""
@@ -175,7 +186,12 @@ class Run:
             self.progress.best = Best(
                 **meta["best"], weights={name: tensor.to(device) for name, tensor in weights.items()}
             )
-        _set_rng_states(device, groups["rng"])
+        rank = self.setup.processes.rank
+        rows = {
+            name: each if each.ndim == 1 else each[rank % len(each)].clone() for name, each in groups["rng"].items()
+        }
+        if rank == 0 or any(each.ndim == 2 for each in groups["rng"].values()):  # else all would draw the same
+            _set_rng_states(device, rows)
 
 
 def _read_state(

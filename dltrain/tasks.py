@@ -145,7 +145,7 @@ class Reconstruction:
         if not self.noise:
             return normalise(images), targets
         random = draw("noise")
-        noise = torch.randn(images.shape, generator=random.generator, device=images.device)
+        noise = random.normal(*images.shape)
         return normalise((targets + self.noise * noise).clamp_(0, 1) * 255), targets
 
     def scores(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

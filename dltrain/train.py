@@ -37,14 +37,16 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     def save_where(due: object) -> None:
         """Between two steps: saves where it is due, or the clock says so, or a signal asks to stop here."""
         nonlocal saved
-        if due or stop or monotonic() - saved > 60 * settings.checkpoint_every_minutes:
+        late = monotonic() - saved > 60 * settings.checkpoint_every_minutes
+        signum, late_anywhere = setup.processes.highest(stop[0] if stop else 0, late)
+        if due or signum or late_anywhere:
             steps.read()
             log.flush()
             _save(run, folder)
             saved = monotonic()
-        if stop:
+        if signum:
             text = f"stopped after step {run.global_step}, and saved; go on with: {go_on(run, folder)}"
-            raise Stopped(text, stop[0])
+            raise Stopped(text, signum)
 
     with _stop_signals() as stop:
         while not is_over(run):
@@ -104,9 +106,12 @@ def _save(run: Run, folder: RunFolder) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise diverged(run, run.global_step, f"{name} is not finite")
     best = run.progress.best
+    generators = run.generators()
+    if not run.setup.processes.first:
+        return
     if best:  # before the checkpoint: a run that goes on from the last one has nothing left to write
         folder.write("best.safetensors", run.encode_weights(best.weights, best.step))
-    folder.save(run.global_step, run.encode())
+    folder.save(run.global_step, run.encode(generators))
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -116,7 +121,9 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def go_on(run: Run, folder: RunFolder) -> str:
     """The command that goes on with a run."""
     plugins = (part for path in run.setup.config.plugins for part in ("--plugin", path))
-    return shlex.join(["dltrain", "train", "--resume", str(folder.path), *plugins])
+    world = run.setup.processes.world
+    together = ["--processes", str(world)] if world > 1 else []  # those of torchrun say it otherwise
+    return shlex.join(["dltrain", "train", "--resume", str(folder.path), *plugins, *together])
 
 
 def is_over(run: Run) -> bool:
