@@ -3,8 +3,9 @@
     python benchmarks/sweep_share.py [TRIALS PRUNER]
 
 Each worker has one thread.  Training is the time in train(): steps, evaluation on val, checkpoints; what the sweep does
-at the end of each epoch (storing the result, asking whether to go on) is not.  Start-up of the workers (imports, the
-data) is left out: the clock starts where both have ended their first trial.
+at the end of each epoch (storing the result, asking whether to go on) is not.  The first share leaves start-up of the
+workers (imports, the data) out: its clock starts where both have ended their first trial.  The second is of the whole
+time from the command to its pictures.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ def main(trials: int, pruner: str) -> None:
         (folder / "share.yaml").write_text(SWEEP.format(trials=trials, pruner=pruner))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "worker", str(folder)]
+        start = perf_counter()
         workers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
         found = [json.loads(each.communicate()[0]) for each in workers]
+        elapsed = perf_counter() - start
         assert not any(each.returncode for each in workers)
         rows = [json.loads((folder / f"{each.pid}.json").read_text()) for each in workers]
         print(found[0]["states"])
@@ -90,6 +93,8 @@ def main(trials: int, pruner: str) -> None:
     training, steps = (100 * seconds[key] / busy for key in _KEYS)
     print(f"{len(timed)} trials by 2 workers, {busy / len(timed):.2f} s each")
     print(f"training: {training:.1f} % of the time; in its steps: {steps:.1f} %")
+    whole = 100 * sum(row.get("training", 0.0) for each in rows for row in each) / (len(rows) * elapsed)
+    print(f"with start-up and pictures, {elapsed:.0f} s: {whole:.1f} % training")
 
 
 _KEYS = ("training", "steps")

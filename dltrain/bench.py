@@ -58,6 +58,8 @@ def plan(asked: Sequence[str], overrides: Sequence[str], out: Path | None, conso
     planned: dict[str, Path] = {}
     for path in paths:
         config = configs.load(path, overrides)
+        if not config.evaluate.test:
+            raise ConfigError(f"{path}: evaluate.test: expected true, as bench reports the test accuracy")
         choose_device(config.train.device)
         if missing := _missing_data(config):
             if asked:

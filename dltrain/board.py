@@ -97,16 +97,20 @@ class Board:
         self._scalars({tag: value for tag, value in scalars.items() if value is not None}, self.run.global_step)
 
     def end(self, scores: Mapping[str, Evaluation], step: int) -> None:
-        """The scores of each split with the weights of that step, and pictures of what the test split says of them."""
+        """The scores of each split with the weights of that step, and pictures of what the test split says of them.
+
+        scores: of the splits that were scored
+        """
         tags = self._final_tags().items()
         final = {tag: scores[split].scores()[score] for tag, (split, score) in tags if split in scores}
         self._scalars(final, step)
-        if self.shows.pictures:
-            self._try(lambda writer: self._pictures(writer, scores["test"], step))
+        test = scores.get("test")
+        if self.shows.pictures and test:
+            self._try(lambda writer: self._pictures(writer, test, step))
         if self.shows.filters:
             self._try(self._filters)
-        if self.shows.pr_curves and self.run.setup.task.classifies:
-            self._try(lambda writer: self._pr_curves(writer, scores["test"], step))
+        if self.shows.pr_curves and self.run.setup.task.classifies and test:
+            self._try(lambda writer: self._pr_curves(writer, test, step))
         if self.shows.embedding:
             self._try(lambda writer: self._embedding())
         self._try(lambda writer: _add(writer, self.session_end))

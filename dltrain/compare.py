@@ -20,7 +20,8 @@ from dltrain.text import shortened
 
 # settings that change no score: what a run is called, where its data lies, what it writes and shows
 ASIDE = [
-    *("name", "data.root", "data.verify", "data.resident", "tensorboard", "evaluate.train"),
+    *("name", "data.root", "data.verify", "data.resident", "tensorboard"),
+    *("evaluate.train", "evaluate.test"),
     *("train.log_every_steps", "train.checkpoint_every_steps", "train.checkpoint_every_minutes"),
 ]
 # settings of data that change none of the images that a split is evaluated on
@@ -93,6 +94,8 @@ def _read(path: Path, split: str) -> Result | str:
     result = Result(path, _without(config, ASIDE), summary)
     if not result.scores(split):
         mend = "its config holds no images out (data.val)" if split == "val" else "its summary.json is not whole"
+        if split == "test" and summary.get("test", "") is None:
+            mend = "its config says evaluate.test: false; compare by --split val"
         return f"{path}: has no {split} score: {mend}"
     return result
 

@@ -264,10 +264,12 @@ class Evaluate(Settings):
     views: ways to show each image to the model, whose outputs are averaged; none: the image as it is; each view costs
         one more pass over the images (docs/evaluation.md)
     train: score the training split too, at the end of a run; it costs a pass over it
+    test: score the test split, at the end of a run; not while settings are searched, which are chosen by val
     """
 
     views: list[View] = Field(default=[])
     train: bool = True
+    test: bool = True
 
 
 class TensorBoard(Settings):

@@ -308,7 +308,8 @@ def comparison(found: Mapping[str, Any]) -> bytes:
 def vary(found: Mapping[str, Any], traces: Sequence[Sequence[Mapping[str, Any]]]) -> bytes:
     """Loss against epochs, seconds and images of each run (vary.vary), as a PNG.
 
-    One key: a colour for each value, the training loss solid, its `traces` (vary.trace) faint, the val loss dashed.
+    One key: a colour for each value, the training loss solid, its `traces` (vary.trace) faint, the val loss dashed; of
+    a single epoch, which makes no line, a dot and a cross.
     Two keys: a colour for each value of the first, a style of line for each of the second, the val loss alone where
     there is one, and the final score of each pair in a panel of its own.
     """
@@ -328,7 +329,8 @@ def vary(found: Mapping[str, Any], traces: Sequence[Sequence[Mapping[str, Any]]]
             for loss in drawn:
                 dashes = "--" if not grid and loss == "val_loss" else style
                 reached = [point[x] for point in row["curve"]], [point[loss] for point in row["curve"]]
-                axes.plot(*reached, color=colour, linestyle=dashes, zorder=3)
+                marker = {"train_loss": "o", "val_loss": "x"}[loss] if len(row["curve"]) == 1 else ""
+                axes.plot(*reached, color=colour, linestyle=dashes, marker=marker, zorder=3)
             if not grid:
                 steps = [point[x] for point in trace], [point["train_loss"] for point in trace]
                 axes.plot(*steps, color=colour, alpha=0.25, linewidth=0.7)
@@ -342,7 +344,8 @@ def vary(found: Mapping[str, Any], traces: Sequence[Sequence[Mapping[str, Any]]]
             axes.set_yscale("log")
             axes.set_ylim(min(losses) / 2, max(losses) * 2)  # single steps may lie far off
     titles = {"train_loss": "training loss", "val_loss": "val loss"}
-    panels[0].set_ylabel("loss (solid: training, dashed: val)" if len(drawn) == 2 else titles[drawn[0]])
+    both = "loss (solid, o: training; dashed, x: val)"
+    panels[0].set_ylabel(both if len(drawn) == 2 else titles[drawn[0]])
     if grid:
         _score_panel(figure, panels[3], found)
     _legend(figure, found, places)

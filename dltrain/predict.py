@@ -81,7 +81,8 @@ def predict(
     """
     shape = trained.shape
     if not trained.task.classifies:
-        raise ConfigError(f"{trained.path}: predict names classes, and this model's task is {trained.config.task.name}")
+        text = f"predict names classes, and this model's task is {trained.config.task.name}"
+        raise ConfigError(f"{trained.path}: {text}: `dltrain eval` says how well it does it")
     if shape[0] not in (1, 3):
         raise CheckpointError(f"{trained.path}: takes images of {shape[0]} channels, and a file gives 1 or 3")
     fit = fit or trained.config.data.source.args.get("fit", "crop")

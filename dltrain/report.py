@@ -153,13 +153,14 @@ def essential(plain: dict[str, Any], plugins: Sequence[Path] = ()) -> dict[str, 
 
 
 def judge(run: Record, device: str, root: str | None, plugins: Sequence[Path], note: Note) -> dict[str, Any] | str:
-    """What the chosen weights make of the test images, of a run that is not finished of the val images.
+    """What the chosen weights make of the test images, of a run that has not scored them of the val images.
 
     Else why that is not known.  Nothing is downloaded for it.
     """
-    split = "test" if run.summary else "val"
-    if not run.summary and not run.config.get("data", {}).get("val"):
-        return "The run is not finished, and holds no images out to be judged by: test images are for the end."
+    split = "test" if run.summary and run.summary.get("test") else "val"
+    if split == "val" and not run.config.get("data", {}).get("val"):
+        why = "is not scored on test images (evaluate.test)" if run.summary else "is not finished"
+        return f"The run {why}, and holds no images out to be judged by: test images are for the end."
     try:
         model = trained.load(run.path, device, note, plugins)
         source = model.config.data.source

@@ -177,7 +177,7 @@ def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
 
 
 def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
-    """Scores the chosen weights on every split: the one use of the test split.
+    """Scores the chosen weights on the splits that the config asks for: the one use of the test split.
 
     Training images are shown as they are: there are many, only to be compared with, and each view costs a pass.
     """
@@ -189,7 +189,7 @@ def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     scores = {
         name: setup.evaluate(split, [] if name == "train" else settings.views)
         for name, split in setup.data.splits.items()
-        if name != "train" or settings.train
+        if {"train": settings.train, "test": settings.test}.get(name, True)
     }
     summary = _summary(run, folder.path, scores)
     folder.write("summary.json", json.dumps(summary, indent=2) + "\n")

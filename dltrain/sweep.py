@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import random
-import shlex
 import signal
 import socket
 import threading
@@ -33,7 +32,7 @@ from optuna.exceptions import StorageInternalError, TrialPruned, UpdateFinishedT
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
 
-from dltrain import figures, rundir, runs
+from dltrain import runs
 from dltrain.config import Config
 from dltrain.device import choose_device
 from dltrain.errors import (
@@ -46,6 +45,7 @@ from dltrain.errors import (
 )
 from dltrain.rundir import RunFolder
 from dltrain.sharing import Kept, read_once
+from dltrain.study import Found, first_line, is_lost, open_study, results, shown_url, slot_of
 from dltrain.sweepfile import LEAN, Plan, Point, Range, choices, plain
 from dltrain.tables import say, score
 
@@ -57,8 +57,6 @@ REPORTS = 10  # at most, of a trial to the pruner: one takes 4 ms, an epoch on s
 KILLED = 3  # times a trial's worker may be killed before the trial is taken to be what kills it
 
 _ELSEWHERE = ("train.device:", "data.root:", "plugins:")  # may differ between two machines
-
-Found = dict[str, Any]
 
 
 def sweep(
@@ -84,84 +82,14 @@ def sweep(
     url = url or sqlalchemy.URL.create("sqlite", database=str(folder.absolute() / "sweep.db")).render_as_string()
     try:
         with _stop_signals():
-            worker = _Worker(plan, folder, _open(plan, folder, url), device, console, quiet)
+            worker = _Worker(plan, folder, open_study(plan, folder, url), device, console, quiet)
             while worker.work():
                 pass
-            return _results(plan, folder, url, worker.study)
+            return results(plan, folder, url, worker.study)
     except Stopped as stopped:
         raise Stopped(f"stopped; go on with: {go_on}", stopped.exit_code - 128) from None
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError) as error:
-        raise OutputError(f"{_shown_url(url)}: {_first_line(error)}; once it can be used: {go_on}") from error
-
-
-def _open(plan: Plan, folder: Path, url: str) -> optuna.Study:
-    """The sweep in its storage, made if need be."""
-    trained = next(folder.glob("trial-*/config.yaml"), None)
-    pruners: dict[str, Callable[[], optuna.pruners.BasePruner]] = {
-        "none": optuna.pruners.NopPruner,
-        "median": optuna.pruners.MedianPruner,
-        "halving": optuna.pruners.SuccessiveHalvingPruner,
-    }
-    sqlite = url.startswith("sqlite")
-    arguments = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
-    for attempt in itertools.count():
-        try:
-            storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments)
-            if sqlite:
-                sqlalchemy.event.listen(storage.engine, "connect", _write_ahead)
-                storage.engine.dispose()
-            study = optuna.create_study(
-                storage=storage,
-                study_name=plan.name,
-                direction="maximize" if plan.maximised else "minimize",
-                pruner=pruners[plan.pruner](),
-                load_if_exists=True,
-            )
-            break
-        except sqlalchemy.exc.ArgumentError as error:
-            raise ConfigError(f"--storage {url}: {_first_line(error)}; expected for example {_EXAMPLE}") from None
-        except ImportError as error:
-            driver = error.__cause__ or error
-            raise ConfigError(
-                f"--storage {_shown_url(url)}: {driver}; its driver is not installed, e.g. {_EXAMPLE}"
-            ) from None
-        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError):  # another worker makes the tables at this moment
-            if attempt == 4:
-                raise
-            time.sleep(0.3)
-    before = study.user_attrs.get("sweep")
-    if before is None:
-        study.set_user_attr("sweep", plan.plain())
-    elif changes := runs.differences(before, json.loads(json.dumps(plan.plain()))):
-        mend = "give it another name, or --out, for other trials"
-        raise ConfigError(
-            f"{plan.path}: {_shown_url(url)} holds another sweep {plan.name} ({'; '.join(changes[:5])}): {mend}"
-        )
-    if trained and not study.get_trials(deepcopy=False):
-        raise RunTakenError(
-            f"{trained.parent}: holds a run already, which this sweep knows nothing of: give another --out"
-        )
-    return study
-
-
-_EXAMPLE = "postgresql+psycopg://user:password@host/database (pip install 'psycopg[binary]')"
-
-
-def _write_ahead(connection: Any, record: object) -> None:
-    """Commits of SQLite then wait for no disk: a kill loses nothing, a power cut may lose the last trials' results."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def _shown_url(url: str) -> str:
-    return sqlalchemy.make_url(url).render_as_string(hide_password=True)
-
-
-def _first_line(error: BaseException) -> str:
-    while isinstance(error, StorageInternalError) and error.__cause__:
-        error = error.__cause__
-    cause = getattr(error, "orig", None) or error
-    return str(cause).strip().partition("\n")[0]
+        raise OutputError(f"{shown_url(url)}: {first_line(error)}; once it can be used: {go_on}") from error
 
 
 class _TrialFolder(RunFolder):
@@ -194,11 +122,12 @@ class _Worker:
         self.study_id = self.study._study_id
 
     def work(self) -> bool:
-        """Runs one trial, or waits a little where all that are left run elsewhere; False where all are over."""
+        """Ends what dead workers left, or runs one trial, or waits a little for others; False where all are over."""
         trials = self.study.get_trials(deepcopy=False)
-        self.bury([trial for trial in trials if trial.state == TrialState.RUNNING])
-        trials = self.study.get_trials(deepcopy=False)
-        taken = {_slot(trial) for trial in trials if not _lost(trial)}
+        if gone := [each for each in trials if each.state == TrialState.RUNNING and self.is_gone(each)]:
+            self.bury(gone)
+            return True
+        taken = {slot_of(trial) for trial in trials if not is_lost(trial)}
         for slot in range(self.plan.trials):
             if slot in taken:
                 continue
@@ -207,12 +136,12 @@ class _Worker:
             except RunTakenError:  # another worker here is about to take this slot
                 continue
             with closing(folder):
-                before = [trial for trial in trials if _slot(trial) == slot]
+                before = [trial for trial in trials if slot_of(trial) == slot]
                 trial_id = self.create(slot, before[-1] if before else None)
                 if trial_id is not None:
                     self.run(slot, trial_id, folder)
             return True
-        running = [_slot(trial) for trial in trials if trial.state == TrialState.RUNNING]
+        running = [slot_of(trial) for trial in trials if trial.state == TrialState.RUNNING]
         if not running and len(taken) >= self.plan.trials:
             return False
         if running and not self.waits and len(taken) >= self.plan.trials:
@@ -221,13 +150,11 @@ class _Worker:
         time.sleep(WAIT)
         return True
 
-    def bury(self, running: list[FrozenTrial]) -> None:
-        """Ends the trials whose worker is gone."""
-        for trial in running:
-            if not self.is_gone(trial):
-                continue
+    def bury(self, gone: list[FrozenTrial]) -> None:
+        """Ends trials whose worker is gone."""
+        for trial in gone:
             trials = self.study.get_trials(deepcopy=False)
-            killed = 1 + sum(_slot(each) == _slot(trial) and "killed" in each.user_attrs for each in trials)
+            killed = 1 + sum(slot_of(each) == slot_of(trial) and "killed" in each.user_attrs for each in trials)
             facts: Found = {"killed": True}
             if killed == KILLED:  # it may well be the trial that kills it
                 facts["failure"] = f"its worker was killed {KILLED} times"
@@ -235,7 +162,7 @@ class _Worker:
                 for key, value in facts.items():
                     self.storage.set_trial_user_attr(trial._trial_id, key, value)
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-                self.say(f"trial {_slot(trial)}: its worker is gone{'' if killed == KILLED else '; it is run again'}")
+                self.say(f"trial {slot_of(trial)}: its worker is gone{'' if killed == KILLED else '; it is run again'}")
 
     def is_gone(self, trial: FrozenTrial) -> bool:
         """On this machine the lock of the run's folder says so at once, elsewhere missing signs of life do."""
@@ -270,8 +197,8 @@ class _Worker:
             },
         )
         trial_id = self.storage.create_new_trial(self.study_id, template)
-        alive = [trial for trial in self.study.get_trials(deepcopy=False) if _slot(trial) == slot and not _lost(trial)]
-        if alive[0]._trial_id == trial_id:
+        here = [trial for trial in self.study.get_trials(deepcopy=False) if slot_of(trial) == slot]
+        if next(trial for trial in here if not is_lost(trial))._trial_id == trial_id:
             return trial_id
         self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
         return None
@@ -295,7 +222,6 @@ class _Worker:
         try:
             with self.beating(trial_id):
                 state, value, text = self.outcome(trial, folder)
-            trial.set_user_attr("seconds", seconds := round(time.perf_counter() - start, 3))
             self.study.tell(trial, value, state)
         except UpdateFinishedTrialError:
             self.say(f"trial {slot}: another worker took this one to be gone, and runs it again")
@@ -304,7 +230,7 @@ class _Worker:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             raise
         settings = ", ".join(f"{key} {_short(each)}" for key, each in plain(trial.params).items())
-        self.say(f"trial {slot}: {text}; {settings}; {seconds:.3g} s")
+        self.say(f"trial {slot}: {text}; {settings}; {time.perf_counter() - start:.3g} s")
 
     def outcome(self, trial: Trial, folder: _TrialFolder) -> tuple[TrialState, float | None, str]:
         """Trains a trial's run: how it ended, its score where it came to its end, and both in words."""
@@ -385,15 +311,6 @@ class _Worker:
             say(self.console, text)
 
 
-def _slot(trial: FrozenTrial) -> int:
-    return int(trial.user_attrs["slot"])
-
-
-def _lost(trial: FrozenTrial) -> bool:
-    """Whether a trial was ended by no fault of its settings."""
-    return trial.state == TrialState.FAIL and "failure" not in trial.user_attrs
-
-
 def _distribution(space: Range | list[Any]) -> BaseDistribution:
     if isinstance(space, list):
         return CategoricalDistribution(choices(space))
@@ -419,70 +336,6 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-
-
-def _results(plan: Plan, folder: Path, url: str, study: optuna.Study) -> Found:
-    """Every trial, the best one's config as best.yaml, and pictures."""
-    trials = sorted(
-        (each for each in study.get_trials(deepcopy=False) if each.state in _STATES and not _lost(each)), key=_slot
-    )
-    rows = [_row(trial, plan) for trial in trials]
-    states = {state: sum(row["state"] == state for row in rows) for state in _STATES.values()}
-    finished = [row for row in rows if row["state"] == "finished"]
-    if not finished:
-        failure = next((f": trial {row['trial']}: {row['failure']}" for row in rows if row["failure"]), "")
-        raise ConfigError(f"{plan.path}: no trial finished{failure}")
-    best = (max if plan.maximised else min)(finished, key=lambda row: row["value"])
-    found: Found = {
-        "sweep": plan.name,
-        "folder": str(folder),
-        "storage": _shown_url(url),
-        "config": plan.base.name,
-        "optimise": plan.optimise,
-        "maximised": plan.maximised,
-        "sampler": plan.sweep.sampler,
-        "pruner": plan.pruner,
-        "states": states,
-        "best": best,
-        "importances": _importances(study),
-        "trials": rows,
-        "best_config": str(folder / "best.yaml"),
-        "pictures": [str(folder / "history.png"), str(folder / "importances.png")],
-    }
-    config = plan.config(trials[rows.index(best)].params)
-    head = f"# {shlex.join(['dltrain', 'train', found['best_config']])}\n"
-    head += f"# trial {best['trial']} of sweep {plan.name}: {plan.optimise} {best['value']:.6g}\n"
-    rundir.write_atomically(folder / "best.yaml", (head + config.yaml()).encode())
-    rundir.write_atomically(folder / "history.png", figures.sweep_history(found))
-    rundir.write_atomically(folder / "importances.png", figures.sweep_importances(found))
-    return found
-
-
-_STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-
-
-def _row(trial: FrozenTrial, plan: Plan) -> Found:
-    return {
-        "trial": _slot(trial),
-        "state": _STATES[trial.state],
-        "value": trial.value,
-        "settings": {key: plain(trial.params)[key] for key in plan.sweep.space if key in trial.params},
-        "seconds": trial.user_attrs.get("seconds"),
-        "failure": trial.user_attrs.get("failure"),
-        "run": trial.user_attrs["folder"],
-    }
-
-
-def _importances(study: optuna.Study) -> dict[str, float]:
-    """How much of the spread of the results each setting explains (fANOVA, Hutter et al. 2014), the most first.
-
-    Empty where the finished trials do not differ.
-    """
-    values = {trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
-    if len(values) < 2:
-        return {}
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
 
 
 @contextmanager

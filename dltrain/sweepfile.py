@@ -22,12 +22,13 @@ from dltrain.registry import NonNegativeInt, Positive, PositiveInt, Settings, ne
 from dltrain.yamlfile import Document, Place
 
 MAX_POINTS = 10_000  # of a grid
-# a trial is scored on val; pictures, and a pass over the training images, would be much of a short one's time
+# a trial is scored on val alone; pictures, and passes over other images, would be much of a short one's time
 LEAN = (
     "tensorboard.pictures=false",
     "tensorboard.filters=false",
     "tensorboard.pr_curves=false",
     "evaluate.train=false",
+    "evaluate.test=false",
 )
 
 Number = int | Annotated[float, Field(allow_inf_nan=False)]

@@ -54,14 +54,15 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def result(summary: dict[str, Any], console: Console) -> None:
     """What a run came to, where it is, and what to type next."""
     views = summary.get("views")
-    names = list(summary["test"])
+    names = list(next((summary[split] for split in ("test", "val", "train") if summary[split]), {}))
     titles = {"plain_accuracy": "without views"}
     table = _table("split", *(titles.get(name, name.replace("_", " ")) for name in names))
     for split in ("train", "val", "test"):
         if scores := summary[split]:
             plain = {"plain_accuracy": scores["accuracy"]} if views else {}
             table.add_row(split, *(score(name, {**plain, **scores}[name]) for name in names))
-    console.print(table)
+    if names:
+        console.print(table)
     if views:
         say(console, f"views: {views} of each image, averaged; training images as they are")
     chosen = (

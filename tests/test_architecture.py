@@ -46,7 +46,8 @@ LEVELS = [
     {"dryrun", "gradcheck", "lr_find", "verify_resume"},
     {"gpu.expect"},
     {"gpu.check"},
-    {"bench", "sweep", "profiling", "vary"},
+    {"bench", "study", "profiling", "vary"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]

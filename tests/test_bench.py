@@ -236,6 +236,7 @@ def test_what_ends_the_first_seed_leaves_nothing_to_report(
         (["small.yaml", "mnist_mlp"], 3, "`dltrain data get mnist`"),
         (["small.yaml", "--device", "cuda:99"], 5, "cuda:99"),
         (["small.yaml", "elsewhere.yaml"], 5, "cuda:99"),
+        (["small.yaml", "--set", "evaluate.test=false"], 2, "evaluate.test: expected true"),
         (["small.yaml", "--out", "taken"], 8, "taken/small: is there already"),
     ],
     ids=lambda given: " ".join(given[1:]) if isinstance(given, list) else "",

@@ -224,6 +224,18 @@ def test_a_run_without_val_is_refused_for_val(dltrain: Run) -> None:
     assert done.err == "error: runs/seed-0: has no val score: its config holds no images out (data.val)\n"
 
 
+def test_a_run_that_leaves_the_test_split_out_is_compared_by_val(dltrain: Run) -> None:
+    group("runs", 0.9, 0.8, evaluate__test=False)
+    finished("scored", 0.7, seed=2)
+    for run in Path("runs").iterdir():
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "test": None}))
+    done = dltrain("compare", "runs/seed-0", "runs/seed-1")
+    assert done.err.startswith("error: runs/seed-0: has no test score: its config says evaluate.test: false; ")
+    groups = found(dltrain, "runs", "scored", "--split", "val")["groups"]
+    assert [[run["seed"] for run in each["runs"]] for each in groups] == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("columns", [40, 80])
 def test_the_table_says_split_groups_and_intervals(dltrain: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     group("runs/a", 0.90, 0.92, 0.94)

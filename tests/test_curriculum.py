@@ -16,6 +16,7 @@ from dltrain import config, shipped
 PAGE = Path(__file__).parent.parent / "docs/curriculum.md"
 BLOCKS = readme.blocks(PAGE)
 SMALL = ["data.limit=60", "data.val=12", "train.epochs=1", "schedule.warmup_epochs=0"]
+SMALL += ["tensorboard.pictures=false", "tensorboard.pr_curves=false"]  # half a second a run
 
 
 def settings_of(name: str, root: Path) -> list[str]:
@@ -23,6 +24,8 @@ def settings_of(name: str, root: Path) -> list[str]:
     loaded = config.load(shipped.find(name))
     settings = [*SMALL, "descent.batch_size=16"] if loaded.descent.variant == "mini-batch" else [*SMALL]
     dataset = loaded.data.source.name
+    if dataset == "digit_lines":
+        settings += ["data.train=100", "data.test=30"]
     if dataset in WRITERS:
         WRITERS[dataset](root, IMAGES, 30)
         settings.append("data.verify=false")

@@ -144,6 +144,7 @@ def test_whatever_ends_it_a_run_of_two_goes_on_to_the_same_bits(folder: Path, to
     assert len(children) == 2
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+    assert not rundir.read_summary(run)  # they did not just come to their end
 
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dltrain")
     fourth = start("--resume", run, "-q", launcher=torchrun, cwd=folder)
@@ -154,6 +155,19 @@ def test_whatever_ends_it_a_run_of_two_goes_on_to_the_same_bits(folder: Path, to
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     straight, resumed = ([(each["step"], each["loss"]) for each in steps(path)] for path in (together, run))
     assert straight == resumed
+
+
+def test_a_process_that_never_comes_ends_the_others(folder: Path) -> None:
+    """They would wait for it for ten minutes."""
+    process = start("small.yaml", "--out", "one-of-two", "-q", "--processes", 2, cwd=folder)
+    deadline = time.monotonic() + 30
+    while len(children := psutil.Process(process.pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children[1].kill()
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.count("\n")) == (5, 1)
+    assert "process 1 of 2 was ended by SIGKILL" in err
 
 
 def test_another_number_of_processes_would_end_in_other_bits(dltrain: Run, together: Path) -> None:

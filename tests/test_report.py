@@ -259,6 +259,14 @@ def test_without_val_an_unfinished_run_is_not_evaluated(dltrain: Run):
     assert "Confusion matrix" not in text
 
 
+def test_a_run_that_leaves_the_test_images_alone_is_judged_on_val(dltrain: Run):
+    assert dltrain("train", "digits_mlp", "--out", "run", *SMALL, "--set", "evaluate.test=false").code == 0
+    assert dltrain("report", "run").code == 0
+    text = Path("run/report.html").read_text()
+    assert "val images, evaluated again" in text
+    assert not re.search(r"\btest (images|accuracy|loss|split)", text)
+
+
 def test_data_that_is_gone_is_said_and_never_downloaded(dltrain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_mnist(tmp_path / "data")
     more = ("--set", "data.verify=false", "--set", "data.val=5", "--set", "model=perceptron")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -524,12 +525,17 @@ def test_tensorboard_shows_what_metrics_hold(dltrain: Run, config: Path, monkeyp
     assert not [path for path in Path("run").rglob("events*") if path.parent != Path("run")]
 
 
-def test_the_training_split_is_scored_unless_told_not_to(dltrain: Run, config: Path, straight: Path) -> None:
-    assert dltrain("train", config, "--out", "run", "-q", "--set", "evaluate.train=false").code == 0
+@pytest.mark.parametrize(("split", "others"), [("train", ["val", "test"]), ("test", ["train", "val"])])
+def test_a_split_is_scored_unless_told_not_to(
+    dltrain: Run, config: Path, straight: Path, split: str, others: list[str]
+) -> None:
+    done = dltrain("train", config, "--out", "run", "-q", "--set", f"evaluate.{split}=false")
+    assert (done.code, done.err) == (0, "")  # nothing that TensorBoard could not write either
     scored, unscored = (json.loads((run / "summary.json").read_text()) for run in (straight, Path("run")))
-    assert unscored["train"] is None
-    assert scored["train"]["accuracy"] > 0.5
-    assert (scored["val"], scored["test"]) == (unscored["val"], unscored["test"])
+    assert unscored[split] is None
+    assert scored[split]["accuracy"] > 0.3
+    assert [scored[each] for each in others] == [unscored[each] for each in others]
+    assert re.findall("^ (train|val|test) .*%", done.out, flags=re.MULTILINE) == others
     assert_same_end(straight, Path("run"))
 
 

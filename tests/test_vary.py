@@ -274,8 +274,10 @@ def test_a_stop_keeps_what_is_done_and_the_same_command_goes_on(
 def test_a_folder_with_runs_of_another_config_is_refused(dltrain: Run, small: str) -> None:
     settings = ("--out", "out", "--set", "train.epochs=1")
     assert dltrain("vary", small, "optim.lr=0.1,0.2", *settings).code == 0
+    written = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*.*")}
     more = dltrain("vary", small, "optim.lr=0.1,0.2,0.3", *settings, "--json")
     assert (more.code, len(json.loads(more.out)["runs"])) == (0, 3)
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # what is finished is left as it is
     other = dltrain("vary", small, "optim.lr=0.1,0.2", *settings, "--set", "seed=6")
     assert other.code == 8
     assert "out/0.1: holds a run of another config (seed: 5 -> 6)" in other.err
@@ -343,6 +345,14 @@ def row(values: dict[str, str], accuracy: float | None) -> dict[str, Any]:
     }
 
 
+def test_a_single_epoch_makes_no_line_and_is_seen_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = row({"optim.lr": "0.1"}, 0.5)
+    short = {**row({"optim.lr": "0.2"}, 0.5), "curve": long["curve"][:1]}
+    found = {"keys": {"optim.lr": ["0.1", "0.2"]}, "runs": [long, short]}
+    for axes in drawn(monkeypatch, found, [[], []]).axes:
+        assert [line.get_marker() for line in axes.get_lines()] == ["", "", "None", "o", "x", "None"]
+
+
 def test_a_grid_has_the_score_of_each_pair_beside_its_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"a": ["1", "2"], "b": ["x", "y", "z"]}
     shares = {("1", "x"): 0.5, ("1", "y"): None, ("1", "z"): 0.7, ("2", "x"): 0.8, ("2", "y"): 0.9, ("2", "z"): 1.0}
@@ -391,3 +401,12 @@ def test_the_table_fits_its_terminal(
     assert "initial weights: the same in every run" in lines
     variants = "batch and stochastic" if len(asked) == 1 else "batch"
     assert f"descent.batch_size=20: left out for {variants}, to which it does not belong" in lines
+
+
+def test_a_long_value_is_shortened_to_fit(dltrain: Run, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    settings = ("--out", "out", "-q", "--set", "train.epochs=1")
+    done = dltrain("vary", small, "model=perceptron,{name: mlp, hidden: [16]}", *settings)
+    rows = done.out.splitlines()[3:5]
+    assert [row[:11].strip() for row in rows] == ["perceptron", "{nam…[16]}"]
+    assert all(row.rstrip().endswith("%") and len(row) <= 40 for row in rows)
