@@ -9,11 +9,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
@@ -37,6 +35,7 @@ from dltrain.dryrun import FORWARD_PASSES, count_flops
 from dltrain.errors import ConfigError, DataError, DivergedError, DltrainError, RunTakenError, Stopped
 from dltrain.gpu.facts import cpu
 from dltrain.gpu.rates import matmul_rate
+from dltrain.launch import process_age
 from dltrain.sharing import Kept, read_once
 from dltrain.statistics import interval
 from dltrain.tables import percent, say
@@ -243,16 +242,6 @@ def _arithmetic(
         "matmul_flops_per_second": largest,
         "share_of_matmul": None if achieved is None else achieved / largest,
     }
-
-
-def process_age() -> float:
-    """Seconds since this process was started."""
-    stat = Path("/proc/self/stat")
-    if not stat.exists():
-        return time.time() - psutil.Process().create_time()
-    # counted from the boot, whose time Linux gives in whole seconds: the time of the start itself is that coarse
-    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _forget_peak_memory(device: torch.device) -> None:

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 from rich.console import Console
@@ -56,6 +56,7 @@ Plugins = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 DataRoot = Annotated[str | None, typer.Option("--data-root", metavar="DIR", help="Where the data sets lie.")]
+How = Literal["auto", "batched", "batched-processes", "in-turn", "processes"]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")]
 
 
@@ -153,12 +154,30 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, help="Share each step's images among N processes of this machine."),
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=1000, help="Train the config's seed and the N-1 after it, a run each."),
+    ] = None,
+    how: Annotated[
+        How | None,
+        typer.Option(
+            metavar="HOW", help="How to train --seeds: auto, batched, batched-processes, in-turn or processes."
+        ),
+    ] = None,
     plugin: Plugins = [],
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and nothing before it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model, and evaluate it on the test split at the end."""
     overrides = [*overrides, *([f"train.device={device}"] if device else [])]
+    if seeds:
+        others = {"--resume": resume, "--dry-run": dry_run, "--profile": profile, "--processes": (processes or 1) > 1}
+        if other := next((option for option, given in others.items() if given), None):
+            raise ConfigError(f"--seeds {seeds} begins whole runs of one process each: leave out {other}")
+        if not _is_alone():
+            raise ConfigError(f"--seeds {seeds}: each run is of one process: start it without torchrun")
+    elif how:
+        raise ConfigError(f"--how {how} says how to train several seeds: it needs --seeds")
     if allow_inexact and not resume:
         raise ConfigError("--allow-inexact says how to resume: it needs --resume")
     if plugin and not resume:
@@ -184,6 +203,11 @@ def train(
         return
     loaded = _load(config, overrides)
     notes = _console(to_stderr=as_json)
+    if seeds:
+        from dltrain import seeds as several
+
+        _show_seeds(several.start(loaded, seeds, how or "auto", out, notes, quiet), as_json, notes)
+        return
     if dry_run:
         _dry_run(loaded, notes, as_json)
         return
@@ -202,6 +226,16 @@ def train(
         found = runs.start(loaded, held, notes, still, process)
         if process.first:
             _show(found, as_json, tables.result, notes)
+
+
+def _show_seeds(ended: tuple[Any, DltrainError | None], as_json: bool, notes: Console) -> None:
+    """Prints what several seeds came to, and raises what went wrong with some of them."""
+    found, wrong = ended
+    from dltrain import tables
+
+    _show(found, as_json, tables.seeds, notes)
+    if wrong:
+        raise wrong
 
 
 @contextlib.contextmanager
@@ -234,7 +268,7 @@ def _resume(
     as_json: bool,
 ) -> None:
     from dltrain import config as configs
-    from dltrain import rundir
+    from dltrain import launch, rundir
 
     path = out or Path(config)
     if not path.is_dir():
@@ -243,15 +277,25 @@ def _resume(
     wanted = _load(config, overrides) if out else None
     trusted = [*plugins, *(Path(path) for path in wanted.plugins)] if wanted else plugins
     notes = _console(to_stderr=as_json)
+
+    def given(before: dict[str, Any]) -> Config:
+        after = configs.from_plain(before, str(path), overrides, trusted)
+        if wanted and (others := runs.differences(after.plain(), wanted.plain())):
+            mend = "give them by --set, or resume by `dltrain train --resume` with the folder alone"
+            raise ConfigError(f"{config}: is not what this run was started with ({'; '.join(others[:5])}): {mend}")
+        return after
+
+    if rundir.holds_seeds(path):
+        if not _is_alone():
+            raise ConfigError(f"{path}: holds the runs of several seeds, of one process each: resume without others")
+        from dltrain import runs, seeds
+
+        ended = seeds.resume(path, given, allow_inexact, trusted, notes, quiet)
+        if not launch.is_started_here():
+            _show_seeds(ended, as_json, notes)
+        return
     with _together(lambda: rundir.RunFolder(path, resume=True), quiet) as (folder, process, still):
         from dltrain import runs, tables
-
-        def given(before: dict[str, Any]) -> Config:
-            after = configs.from_plain(before, str(path), overrides, trusted)
-            if wanted and (others := runs.differences(after.plain(), wanted.plain())):
-                mend = "give them by --set, or resume by `dltrain train --resume` with the folder alone"
-                raise ConfigError(f"{config}: is not what this run was started with ({'; '.join(others[:5])}): {mend}")
-            return after
 
         found = runs.resume(folder, given, notes, still, allow_inexact, trusted, process)
         if process.first:
@@ -781,9 +825,9 @@ def data_verify(names: Annotated[list[str], typer.Argument(metavar="NAME…")], 
 def main() -> None:
     """Runs the command line; every way out of it passes here."""
     threading.excepthook = _thread_failed
-    if not _is_alone():
-        from dltrain import launch
+    from dltrain import launch
 
+    if not _is_alone() or launch.is_started_here():
         launch.follow()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us

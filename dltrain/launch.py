@@ -10,8 +10,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -29,46 +30,18 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
     Raises DeviceError where a process is ended by a signal that is not ours.
     """
-    stays, ends = os.pipe()
     environment = {
-        "OMP_NUM_THREADS": str(max(1, _cores() // processes)),
         **os.environ,
+        "OMP_NUM_THREADS": str(threads(processes)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        PARENT: str(stays),
     }
     with ExitStack() as stack:
         said: list[IO[bytes]] = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
-        children: list[subprocess.Popen[bytes]] = []
-
-        def pass_on(signum: int, frame: FrameType | None) -> None:
-            for child in children:
-                child.send_signal(signum)
-
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(signum, pass_on)
-            stack.callback(signal.signal, signum, before)
-        try:
-            for rank in range(processes):
-                children.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "dltrain", *arguments],
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=subprocess.DEVNULL if rank else None,
-                        stderr=said[rank] if rank else None,
-                        pass_fds=[stays],
-                        process_group=0,  # a terminal's Ctrl-C comes here alone, and is passed on once
-                    )
-                )
-            codes = _wait(children)
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
-            os.close(stays)
-            os.close(ends)
+        environments = [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        codes = wait(stack.enter_context(children(arguments, environments, [None, *said[1:]])))
         if codes[0] is not None and 0 <= codes[0] != LOST and (codes[0] or not any(codes)):
             return codes[0]
         for rank, code in enumerate(codes):
@@ -88,11 +61,60 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         raise DeviceError(f"the {processes} processes lost each other; go on with: dltrain train --resume RUN")
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
-    """The exit codes once all have ended, or some seconds after one did in error: None of those that still run."""
+@contextmanager
+def children(
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    said: Sequence[IO[bytes] | None],
+    handles: Sequence[int] = (),
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """`dltrain` with these arguments, once in each environment; what still runs where the block is left is ended.
+
+    SIGINT and SIGTERM are passed on.
+
+    said: where each one's stderr goes, and its stdout nowhere; None: both are ours
+    handles: open files that they have too
+    """
+    stays, ends = os.pipe()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        for child in started:
+            child.send_signal(signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for environment, errors in zip(environments, said, strict=True):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "dltrain", *arguments],
+                    env={**environment, PARENT: str(stays)},
+                    stdout=subprocess.DEVNULL if errors else None,
+                    stderr=errors,
+                    pass_fds=[stays, *handles],
+                    process_group=0,  # a terminal's Ctrl-C comes here alone, and is passed on once
+                )
+            )
+        yield started
+    finally:
+        for child in started:
+            child.kill()
+            child.wait()
+        os.close(stays)
+        os.close(ends)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def wait(children: Sequence[subprocess.Popen[bytes]], meanwhile: Callable[[], None] = lambda: None) -> list[int | None]:
+    """The exit codes once all have ended, or some seconds after one did in error: None of those that still run.
+
+    meanwhile: called again and again
+    """
     deadline = float("inf")
     while True:
         codes = [child.poll() for child in children]
+        meanwhile()
         if any(codes):
             deadline = min(deadline, time.monotonic() + GRACE)
         if None not in codes or time.monotonic() > deadline:
@@ -120,8 +142,31 @@ def follow() -> None:
         threading.Thread(target=watch, args=(int(os.environ[PARENT]),), daemon=True).start()
 
 
+def workers(tasks: int) -> int:
+    """How many processes so many tasks are shared by, where each can do with one core."""
+    return min(_cores(), tasks)
+
+
+def threads(processes: int) -> int:
+    """The share of each process in the cores, unless OMP_NUM_THREADS says otherwise."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else max(1, _cores() // processes)
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def process_age() -> float:
+    """Seconds since this process was started."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        import psutil
+
+        return time.time() - psutil.Process().create_time()
+    # counted from the boot, whose time Linux gives in whole seconds: the time of the start itself is that coarse
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _free_port() -> int:

@@ -48,7 +48,7 @@ def _own(name: str, params: Iterable[torch.nn.Parameter], **settings: Any) -> to
     return _lean(getattr(optimizers, name))(params, **settings)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def sgd(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -69,7 +69,7 @@ def sgd(
     return _fused("SGD", params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def adam(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -93,7 +93,7 @@ def adam(
     return _fused("Adam", params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def adamw(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -117,7 +117,7 @@ def adamw(
     return _fused("AdamW", params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def rmsprop(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -141,7 +141,7 @@ def rmsprop(
     return _plain("RMSprop", params, lr=lr, **settings)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def adagrad(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -160,7 +160,7 @@ def adagrad(
     return _fused("Adagrad", params, lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def adadelta(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -179,7 +179,7 @@ def adadelta(
     return _plain("Adadelta", params, lr=lr, rho=rho, eps=eps, weight_decay=weight_decay)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def adamax(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -200,7 +200,7 @@ def adamax(
     return _plain("Adamax", params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def nadam(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -226,7 +226,7 @@ def nadam(
     return _plain("NAdam", params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, **settings)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def radam(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -250,7 +250,7 @@ def radam(
     return _plain("RAdam", params, lr=lr, betas=(beta1, beta2), eps=eps, **settings)
 
 
-@register("optim", averages=True)
+@register("optim", averages=True, elementwise=True)
 def asgd(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -301,7 +301,7 @@ def lbfgs(
     return _own("LBFGS", params, lr=lr, **settings)
 
 
-@register("optim")
+@register("optim", elementwise=True)
 def lion(
     params: Iterable[torch.nn.Parameter],
     *,
@@ -359,7 +359,7 @@ def muon(
     )
 
 
-@register("optim", averages=True)
+@register("optim", averages=True, elementwise=True)
 def schedule_free_sgd(
     params: Iterable[torch.nn.Parameter],
     *,

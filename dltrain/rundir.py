@@ -20,6 +20,7 @@ from dltrain.errors import CheckpointError, OtherFormatError, OutputError, RunTa
 
 _T = TypeVar("_T")
 
+SEEDS = "seeds.json"  # in the folder above the runs of several seeds: what they are, and what they came to
 KEPT = 2  # checkpoints: the latest, and the one before in case the latest is damaged
 
 
@@ -53,6 +54,23 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def take(path: Path, below: str = "") -> FileLock:
+    """Takes a folder for this process until the lock is released; makes it, and the one below it, if need be.
+
+    Raises RunTakenError where another process holds it, OutputError where it cannot be written.
+    """
+    try:
+        (path / below).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock")
+        lock.acquire(timeout=0.2)  # `is_held` of another process has it for an instant
+        (path / ".lock").touch()
+    except Timeout:
+        raise RunTakenError(f"{path}: another process is training here; give this run a folder of its own") from None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror} (errno {error.errno})") from error
+    return lock
+
+
 class RunFolder:
     """A run's folder, held by this process until `close`.
 
@@ -67,17 +85,7 @@ class RunFolder:
         """
         self.path = path
         self.made = not path.exists()
-        try:
-            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(path / ".lock")
-            self.lock.acquire(timeout=0.2)  # `is_held` of another process has it for an instant
-            (path / ".lock").touch()
-        except Timeout:
-            raise RunTakenError(
-                f"{path}: another process is training here; give this run a folder of its own"
-            ) from None
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror} (errno {error.errno})") from error
+        self.lock = take(path, "checkpoints")
         if (path / "config.yaml").exists() and not resume:
             self.close()
             raise RunTakenError(f"{path}: holds a run already; go on with it by --resume, or give another --out")
@@ -169,6 +177,13 @@ def is_held(path: Path) -> bool:
 
 
 def create(root: Path, name: str) -> RunFolder:
+    """A new run's folder root/<name>/<time>."""
+    folder = RunFolder(make(root, name), resume=False)
+    folder.made = True
+    return folder
+
+
+def make(root: Path, name: str) -> Path:
     """A new folder root/<name>/<time>; two that start in the same second get two."""
     now = time.strftime("%Y-%m-%dT%H-%M-%S")
     for attempt in range(1, 1000):
@@ -179,9 +194,7 @@ def create(root: Path, name: str) -> RunFolder:
             continue
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror} (errno {error.errno})") from error
-        folder = RunFolder(path, resume=False)
-        folder.made = True
-        return folder
+        return path
     raise OutputError(f"{root / name}: a thousand runs started in this second")
 
 
@@ -214,6 +227,11 @@ def latest(path: Path, read: Callable[[Path], _T], warn: Callable[[str], None]) 
             else:  # a run that goes on meanwhile has removed it, after writing a newer one
                 waiting = steps(path)
     return None
+
+
+def holds_seeds(path: Path) -> bool:
+    """Whether a folder is the one above the runs of several seeds."""
+    return (path / SEEDS).is_file()
 
 
 def read_summary(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dltrain.errors import (
     ConfigError,
     DeviceError,
     DivergedError,
+    DltrainError,
     OutputError,
     PeerLostError,
     names_memory,
@@ -44,12 +45,20 @@ Saved = tuple[Path, Tensors, dict[str, Any]]
 
 
 def start(
-    config: Config, folder: RunFolder, console: Console, quiet: bool, processes: Processes = ALONE
+    config: Config,
+    folder: RunFolder,
+    console: Console,
+    quiet: bool,
+    processes: Processes = ALONE,
+    recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Trains a new run and gives its summary; a folder in which nothing could be trained is taken back."""
+    """Trains a new run and gives its summary; a folder in which nothing could be trained is taken back.
+
+    recorded: what the bits of the runs beside it depend on, which `auto` keeps to
+    """
     log = Log(folder, console, quiet)
     try:
-        setup = build(config, log.note, processes=processes)
+        setup = build(config, log.note, recorded, processes)
     except BaseException:
         folder.discard()
         raise
@@ -75,11 +84,13 @@ def resume(
     allow_inexact: bool,
     plugins: Sequence[Path] = (),
     processes: Processes = ALONE,
+    recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Goes on with a run from its latest checkpoint that is whole, or from its start where there is none.
 
     given: the config to go on with, from the one that the checkpoint holds
     plugins: files with components that the user trusts
+    recorded: what the bits of the runs beside it depend on, which `auto` keeps to where there is no checkpoint
     """
     log = Log(folder, console, quiet)
     saved: Saved | None = None
@@ -90,35 +101,60 @@ def resume(
         saved = (latest, *checkpoint.read(latest))
     before = saved[2]["config"] if saved else _written_config(folder.path, plugins)
     config = given(before)
-    changes = differences(before, config.plain())
-    if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
-        text = "say what an epoch, a step, the held-out images or the best weights so far are: start a new run for them"
-        raise ConfigError(f"{folder.path}: {'; '.join(fixed)}: these settings {text}")
-    setup = build(config, log.note, saved[2]["bits"] if saved else None, processes)
+    changes = check_changes(folder.path, before, config)
+    setup = build(config, log.note, saved[2]["bits"] if saved else recorded, processes)
     run = new_run(setup)
     if saved is None:
         log.note("no checkpoint is whole yet: training starts at the first step")
     else:
-        run.restore(*saved)
-        begun = run.progress.epoch + (run.progress.step > 0)
-        if config.train.epochs < begun:
-            text = f"expected at least {begun}, which this run has begun, got {config.train.epochs}"
-            raise ConfigError(f"{folder.path}: train.epochs: {text}")
-        _refuse_other_bits(saved, run, allow_inexact)
-    folder.forget_after(run.global_step)
+        restore(run, folder.path, saved, allow_inexact)
     if changes:
         log.note(f"changed settings: {'; '.join(changes)}")
-        folder.append({"kind": "changed", "step": run.global_step, "settings": changes})
-    folder.write("config.yaml", config.yaml())
+    write_again(run, folder, changes)
     finished = processes.tell(rundir.read_summary(folder.path) if processes.first else None)
     if not changes and is_over(run) and finished:
         log.note("this run is finished; --set train.epochs=… trains it further")
         return dict(finished)
+    take_back_results(config, folder)
+    log.note(f"going on after step {run.global_step}")
+    return _train(run, folder, log)
+
+
+def check_changes(path: Path, before: dict[str, Any], config: Config) -> list[str]:
+    """The settings that a run goes on with otherwise.  Raises ConfigError for those that it cannot go on with."""
+    changes = differences(before, config.plain())
+    if fixed := [change for change in changes if change.startswith(FIXED) and not change.startswith(FREE)]:
+        text = "say what an epoch, a step, the held-out images or the best weights so far are: start a new run for them"
+        raise ConfigError(f"{path}: {'; '.join(fixed)}: these settings {text}")
+    return changes
+
+
+def restore(run: Run, path: Path, saved: Saved, allow_inexact: bool) -> None:
+    """Puts a run where a checkpoint has it.
+
+    Raises ConfigError where its config ends before that, CheckpointError where it would not end in the same bits.
+    """
+    run.restore(*saved)
+    begun, epochs = run.progress.epoch + (run.progress.step > 0), run.setup.config.train.epochs
+    if epochs < begun:
+        text = f"expected at least {begun}, which this run has begun, got {epochs}"
+        raise ConfigError(f"{path}: train.epochs: {text}")
+    _refuse_other_bits(saved, run, allow_inexact)
+
+
+def write_again(run: Run, folder: RunFolder, changes: Sequence[str]) -> None:
+    """Makes a folder say where its run goes on, and with which changed settings."""
+    folder.forget_after(run.global_step)
+    if changes:
+        folder.append({"kind": "changed", "step": run.global_step, "settings": list(changes)})
+    folder.write("config.yaml", run.setup.config.yaml())
+
+
+def take_back_results(config: Config, folder: RunFolder) -> None:
+    """Removes what a run came to that goes on."""
     folder.remove("summary.json")  # of what the run was; it says that a run is finished
     if config.chosen_by == "last":
         folder.remove("best.safetensors")  # the last weights are others by now
-    log.note(f"going on after step {run.global_step}")
-    return _train(run, folder, log)
 
 
 def _written_config(path: Path, plugins: Sequence[Path]) -> dict[str, Any]:
@@ -142,7 +178,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
 
 def _refuse_other_bits(saved: Saved, run: Run, allow_inexact: bool) -> None:
     path, _, meta = saved
-    changed = differences({"processes": 1, **meta["bits"]}, run.bits())
+    changed = differences({"processes": 1, "batched_seeds": 1, **meta["bits"]}, run.bits())
     changed += [f"data {change}" for change in differences(meta["data"]["files"], dict(run.setup.data.files))]
     if changed and not allow_inexact:
         text = f"would not end in the same bits: {'; '.join(changed)}; --allow-inexact goes on all the same"
@@ -151,15 +187,15 @@ def _refuse_other_bits(saved: Saved, run: Run, allow_inexact: bool) -> None:
 
 def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     setup = run.setup
-    folder.write("environment.json", json.dumps(environment(setup.placement), indent=2) + "\n")
+    write_environment(setup, folder)
     for line in describe(setup):
         log.note(line)
     try:
         with log.begin(run):
             train(run, folder, log)
-        return _finish(run, folder, log)
+        return finish(run, folder, log)
     except DivergedError as error:
-        folder.append({"kind": "failed", "step": run.global_step, "error": str(error)})
+        record_failure(run, folder, error)
         raise DivergedError(f"{error}; then: {go_on(run, folder)} --set optim.lr=…") from None
     except OutputError as error:
         raise OutputError(f"{error}; once it can be written: {go_on(run, folder)}") from error
@@ -170,13 +206,21 @@ def _train(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
         if not names_memory(error):
             raise
         mended = _out_of_memory(run, folder)
-        folder.append({"kind": "failed", "step": run.global_step, "error": str(mended)})
+        record_failure(run, folder, mended)
         raise mended from error
     finally:
         log.close()
 
 
-def _finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
+def write_environment(setup: Setup, folder: RunFolder) -> None:
+    folder.write("environment.json", json.dumps(environment(setup.placement), indent=2) + "\n")
+
+
+def record_failure(run: Run, folder: RunFolder, error: DltrainError) -> None:
+    folder.append({"kind": "failed", "step": run.global_step, "exit_code": error.exit_code, "error": str(error)})
+
+
+def finish(run: Run, folder: RunFolder, log: Log) -> dict[str, Any]:
     """Scores the chosen weights on the splits that the config asks for: the one use of the test split.
 
     Training images are shown as they are: there are many, only to be compared with, and each view costs a pass.

@@ -55,6 +55,7 @@ class Run:
     average: Tensors | None = None  # running average of the model's state, where train.average asks for one
     slow: Tensors | None = None  # parameters at the last look back, where optim.lookahead asks for it
     progress: Progress = field(default_factory=Progress)
+    batched_seeds: int = 1  # runs that take each step as one, this among them
 
     def encode(self, generators: Tensors | None = None) -> bytes:
         """The checkpoint that `restore` goes on from.
@@ -120,7 +121,8 @@ class Run:
         """What must be the same for the run to end in the same bits, beside its config and data."""
         world = self.setup.processes.world
         plugins = digests(self.setup.config.plugins)
-        return {**bits_depend_on(self.setup.placement), "plugins": plugins, "processes": world}
+        shared = {"processes": world, "batched_seeds": self.batched_seeds}
+        return {**bits_depend_on(self.setup.placement), "plugins": plugins, **shared}
 
     def _classes(self) -> dict[str, str]:
         """The optimizer of each parameter that has one."""

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import random
-import signal
 import socket
 import threading
 import time
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
@@ -45,6 +43,7 @@ from dltrain.errors import (
 )
 from dltrain.rundir import RunFolder
 from dltrain.sharing import Kept, read_once
+from dltrain.stopping import stop_at_signals
 from dltrain.study import Found, first_line, is_lost, open_study, results, shown_url, slot_of
 from dltrain.sweepfile import LEAN, Plan, Point, Range, choices, plain
 from dltrain.tables import say, score
@@ -81,7 +80,7 @@ def sweep(
         raise OutputError(f"{folder}: {error.strerror} (errno {error.errno})") from error
     url = url or sqlalchemy.URL.create("sqlite", database=str(folder.absolute() / "sweep.db")).render_as_string()
     try:
-        with _stop_signals():
+        with stop_at_signals():
             worker = _Worker(plan, folder, open_study(plan, folder, url), device, console, quiet)
             while worker.work():
                 pass
@@ -336,21 +335,3 @@ def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Raises Stopped where SIGINT or SIGTERM comes between two runs; a run has its own way, which saves it first."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield
-        return
-
-    def receive(signum: int, frame: FrameType | None) -> None:
-        raise Stopped("", signum)
-
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

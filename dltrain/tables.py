@@ -504,6 +504,34 @@ def comparison(found: dict[str, Any], console: Console) -> None:
         say(console, f"figure: {found['figure']}")
 
 
+def seeds(found: dict[str, Any], console: Console) -> None:
+    """What each seed came to, and what all of them say; a narrow terminal has room for one score of each split."""
+    narrow, name = console.width < 72, found["score"]
+    splits = [split for split in ("val", "test") if split in found["scores"]]
+    columns = [(split, each) for split in splits for each in found["scores"][split] if not narrow or each == name]
+    took = [] if narrow else ["epochs", "s"]
+    table = _table("seed", *(f"{split} {each.replace('_', ' ')}" for split, each in columns), *took)
+    for row in found["rows"]:
+        if row["seconds"] is None:
+            table.add_row(str(row["seed"]), "diverged" if row["diverged"] else "not finished")
+            continue
+        took = [] if narrow else [str(row["epochs"]), _digits(row["seconds"])]
+        table.add_row(str(row["seed"]), *(score(each, row[split][each]) for split, each in columns), *took)
+    console.print(table)
+    together = _table("", "mean", *([] if narrow else ["std"]))
+    for split, scores in found["scores"].items():
+        for each, interval in scores.items():
+            mean, std = _mean(each, interval)
+            together.add_row(f"{split} {each.replace('_', ' ')}", mean, *([] if narrow else [std]))
+    if found["scores"]:
+        console.print(together)
+        say(console, "±: the 95 % interval of the mean over the seeds")
+    if found["diverged"]:
+        say(console, f"{found['diverged']} of {len(found['rows'])} seeds diverged, and are in no mean")
+    say(console, f"runs: {found['run']}")
+    say(console, f"next: dltrain compare {shlex.quote(found['run'])} OTHER")
+
+
 def _mean(name: str, interval: dict[str, float | None]) -> tuple[str, str]:
     mean, std, half_width = (None if value is None else score(name, value) for value in interval.values())
     if half_width is None:

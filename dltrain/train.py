@@ -14,6 +14,7 @@ from types import FrameType
 import torch
 
 from dltrain.averaging import evaluation_weights, training_mode
+from dltrain.data.batches import Batches
 from dltrain.errors import Stopped
 from dltrain.logs import Log
 from dltrain.rundir import RunFolder
@@ -28,7 +29,7 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
     after saving, on SIGINT or SIGTERM.
     """
     setup, config, at, settings = run.setup, run.setup.config, run.progress, run.setup.config.train
-    model, steps, score = setup.model, Steps(run), setup.task.score
+    model, steps = setup.model, Steps(run)
     batches = steps.batches
     saved = monotonic()
     if config.chosen_by == "last":
@@ -42,16 +43,16 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
         if due or signum or late_anywhere:
             steps.read()
             log.flush()
-            _save(run, folder)
+            save(run, folder)
             saved = monotonic()
         if signum:
             text = f"stopped after step {run.global_step}, and saved; go on with: {go_on(run, folder)}"
             raise Stopped(text, signum)
 
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         while not is_over(run):
             training_mode(model)
-            clock = _Clock()
+            clock = Clock()
             due: object = None
             while at.step < batches.steps:
                 steps.take()
@@ -59,48 +60,71 @@ def train(run: Run, folder: RunFolder, log: Log) -> None:
 
                 if run.global_step % settings.log_every_steps == 0 or epoch_ends:
                     norm = steps.read()  # the only place that waits for the device
-                    loss_sum, score_sum = run.sums.tolist()
                     at.epoch_seconds += clock.lap()
-                    seen = batches.images_before(at.step)
-                    since = seen - at.seen
-                    log.step(
-                        run,
-                        {"loss": (loss_sum - at.loss_sum) / since, score: (score_sum - at.score_sum) / since},
-                        lr=setup.optimizers.lr,
-                        gradient_norm=norm,
-                        images_per_second=since / (at.epoch_seconds - at.logged_seconds),
-                    )
-                    at.loss_sum, at.score_sum, at.seen, at.logged_seconds = loss_sum, score_sum, seen, at.epoch_seconds
+                    log_step(run, log, batches, norm)
                 due = settings.checkpoint_every_steps and run.global_step % settings.checkpoint_every_steps == 0
                 if not epoch_ends:  # else after the epoch's evaluation, so that its record is never written twice
                     at.epoch_seconds += clock.lap()
                     save_where(due)
                     clock.lap()
 
-            trained = {"loss": at.loss_sum / at.seen, score: at.score_sum / at.seen}
-            at.epoch, at.step, at.seconds = at.epoch + 1, 0, at.seconds + at.epoch_seconds
-            scores = None
-            if setup.data.val is not None:
-                with evaluation_weights(run, batches):
-                    scores = setup.evaluate(setup.data.val).scores()
-                    if not math.isfinite(scores["loss"]):
-                        raise diverged(run, run.global_step, f"the val loss is {scores['loss']}")
-                    if config.chosen_by != "last":
-                        value = -scores["loss"] if config.chosen_by == "val_loss" else scores[score]
-                        if at.best is None or value > at.best.value:
-                            at.best = Best(value, at.epoch, run.global_step, _weights(model))
-            at.losses.append(scores["loss"] if scores else trained["loss"])
-            log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
-            at.loss_sum, at.score_sum, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
-            run.sums.zero_()
+            end_epoch(run, log, batches)
             save_where(due or (is_over(run) and config.chosen_by != "last"))
         if config.chosen_by == "last":
-            with evaluation_weights(run, batches):
-                at.best = Best(0.0, at.epoch, run.global_step, _weights(model))
+            choose_last(run, batches)
             save_where(due=True)
 
 
-def _save(run: Run, folder: RunFolder) -> None:
+def log_step(run: Run, log: Log, batches: Batches, norm: float) -> None:
+    """Logs what the steps since the last such line gave, once they are read and their seconds counted.
+
+    norm: of the last step's gradient
+    """
+    at, score = run.progress, run.setup.task.score
+    loss_sum, score_sum = run.sums.tolist()
+    seen = batches.images_before(at.step)
+    since = seen - at.seen
+    log.step(
+        run,
+        {"loss": (loss_sum - at.loss_sum) / since, score: (score_sum - at.score_sum) / since},
+        lr=run.setup.optimizers.lr,
+        gradient_norm=norm,
+        images_per_second=since / (at.epoch_seconds - at.logged_seconds),
+    )
+    at.loss_sum, at.score_sum, at.seen, at.logged_seconds = loss_sum, score_sum, seen, at.epoch_seconds
+
+
+def end_epoch(run: Run, log: Log, batches: Batches) -> None:
+    """Evaluates on val, keeps the weights where they are the best so far, logs it, and begins the next epoch.
+
+    Raises DivergedError where the val loss is not finite.
+    """
+    setup, config, at, score = run.setup, run.setup.config, run.progress, run.setup.task.score
+    trained = {"loss": at.loss_sum / at.seen, score: at.score_sum / at.seen}
+    at.epoch, at.step, at.seconds = at.epoch + 1, 0, at.seconds + at.epoch_seconds
+    scores = None
+    if setup.data.val is not None:
+        with evaluation_weights(run, batches):
+            scores = setup.evaluate(setup.data.val).scores()
+            if not math.isfinite(scores["loss"]):
+                raise diverged(run, run.global_step, f"the val loss is {scores['loss']}")
+            if config.chosen_by != "last":
+                value = -scores["loss"] if config.chosen_by == "val_loss" else scores[score]
+                if at.best is None or value > at.best.value:
+                    at.best = Best(value, at.epoch, run.global_step, _weights(setup.model))
+    at.losses.append(scores["loss"] if scores else trained["loss"])
+    log.epoch(run, trained, scores, lambda: next(batches.step(0, 0))[0])
+    at.loss_sum, at.score_sum, at.seen, at.epoch_seconds, at.logged_seconds = 0.0, 0.0, 0, 0.0, 0.0
+    run.sums.zero_()
+
+
+def choose_last(run: Run, batches: Batches) -> None:
+    """Keeps the weights that the run ends with."""
+    with evaluation_weights(run, batches):
+        run.progress.best = Best(0.0, run.progress.epoch, run.global_step, _weights(run.setup.model))
+
+
+def save(run: Run, folder: RunFolder) -> None:
     """Writes the run's checkpoint and the weights kept so far; weights that are not finite are never written."""
     for name, tensor in run.setup.model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -133,7 +157,7 @@ def is_over(run: Run) -> bool:
     return at.epoch >= settings.epochs or (at.best is not None and at.epoch - at.best.epoch >= patience)
 
 
-class _Clock:
+class Clock:
     def __init__(self) -> None:
         self.start = perf_counter()
 
@@ -144,7 +168,7 @@ class _Clock:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM adds its number to; a second SIGINT ends the process as it would without us."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals

@@ -212,7 +212,7 @@ def test_lbfgs_descends_to_where_the_gradient_ends(dltrain: Run, tmp_path: Path)
     """On a convex problem a few of its steps come to where the gradient is all but gone; SGD's as many do not."""
     (tmp_path / "c.yaml").write_text(
         "data: {name: digits, limit: 200}\nmodel: perceptron\nloss: mse\noptim: {name: lbfgs}\n"
-        "descent: {variant: batch}\ntrain: {epochs: 20, log_every_steps: 1}\n"
+        "descent: {variant: batch}\ntrain: {epochs: 40, log_every_steps: 1}\n"
     )
     assert dltrain("train", "c.yaml", "--out", "lbfgs", "-q").code == 0
     assert dltrain("train", "c.yaml", "--out", "sgd", "-q", "--set", "optim={name: sgd, lr: 0.1}").code == 0

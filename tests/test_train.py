@@ -217,7 +217,7 @@ def test_an_extended_run_that_is_cut_off_does_not_show_its_old_results(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_finish", cut_off)
+        patch.setattr(runs, "finish", cut_off)
         assert dltrain("train", "--resume", "run", "-q", "--set", "train.epochs=5").code == 130
     summary = json.loads(dltrain("train", "--resume", "run", "-q", "--json").out)
     assert (summary["epochs"], summary["steps"]) == (5, 5 * STEPS)
