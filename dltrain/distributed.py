@@ -171,7 +171,7 @@ class _Norm(torch.autograd.Function):
         # as a batch norm of x, which is one pass over it: products with [1, C, 1, 1] take six times as long; and not in
         # place, which takes twice as long in bfloat16
         into_x = into_x + nn.functional.batch_norm(
-            x, mean, torch.ones_like(mean), -scale * inverse * of_weight, -scale * of_bias, False, 0.0, 0.0
+            x, mean, torch.zeros_like(mean), -scale * inverse * of_weight, -scale * of_bias, False, 0.0, 1.0
         )
         return into_x, None if weight is None else into_weight, into_bias if ctx.has_bias else None, None, None, None
 
